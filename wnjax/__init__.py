@@ -1,0 +1,11 @@
+"""Weight normalization for JAX and Flax: w = g·v/‖v‖."""
+
+from wnjax._axes import Neuron as Neuron
+from wnjax._axes import NotNeuron as NotNeuron
+from wnjax._inspect import labels as labels
+from wnjax._inspect import norms as norms
+from wnjax._inspect import summary as summary
+from wnjax._nodes import LogWeightNorm as LogWeightNorm
+from wnjax._nodes import WeightNorm as WeightNorm
+from wnjax._weight_norm import fold as fold
+from wnjax._weight_norm import weight_norm as weight_norm

@@ -1,0 +1,185 @@
+"""Which leaves are weights, and over which axes their norms run.
+
+Every form of the `axes` argument comes down to one decision for each leaf: a
+`Neuron` or a `NotNeuron`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import operator
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeAlias
+
+import chex
+
+from wnjax._leaves import flatten, listing, unbox
+
+FeatureAxes: TypeAlias = int | tuple[int, ...]
+Axes: TypeAlias = (
+    Mapping[str, FeatureAxes | None]
+    | Callable[[str, Any], FeatureAxes | None]
+    | chex.ArrayTree  # of Neuron and NotNeuron
+    | None
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Neuron:
+    """A leaf that is the weight of neurons.
+
+    Attributes:
+      feature_axes: the axes along which the neurons are laid out; negative ones count
+        from the end. The layer sums over all the others, the fan-in axes. `()` makes
+        the whole leaf one neuron.
+      bias: the slash path of the bias added to these neurons' sums, if known.
+    """
+
+    feature_axes: FeatureAxes
+    bias: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class NotNeuron:
+    """A leaf that stays as it is.
+
+    Attributes:
+      reason: why, in one line.
+    """
+
+    reason: str
+
+
+Decision = Neuron | NotNeuron
+
+
+def decide(params: chex.ArrayTree, axes: Axes = None) -> list[tuple[str, Any, Decision]]:
+    """What `axes` says of every leaf of `params`, in the order of `flatten`.
+
+    Returns:
+      A list of (slash path, leaf without its box, decision).
+
+    Raises:
+      ValueError: if a pattern matches no leaf or is no regular expression, or if a tree
+        of decisions is not shaped like `params`.
+      TypeError: if `axes` is none of the forms.
+    """
+    leaves = [(path, unbox(leaf)) for path, leaf in flatten(params)[0]]
+    paths = [path for path, _ in leaves]
+    if axes is None:
+        decisions = [by_flax_names(path, leaf) for path, leaf in leaves]
+    elif callable(axes):
+        decisions = [_by_callable(axes, path, leaf) for path, leaf in leaves]
+    elif any(isinstance(unbox(leaf), Decision) for _, leaf in flatten(axes)[0]):
+        decisions = _by_tree(axes, paths)
+    elif isinstance(axes, Mapping):
+        decisions = _by_patterns(axes, paths)
+    else:
+        raise TypeError(
+            "axes must be None, a dict from regular expressions to feature axes, a callable "
+            f"(path, leaf) -> feature axes, or a tree of Neuron and NotNeuron; got {axes!r}"
+        )
+    return [(*leaf, decision) for leaf, decision in zip(leaves, decisions, strict=True)]
+
+
+def by_flax_names(path: str, leaf: Any) -> Decision:
+    """Flax's naming rules: what a leaf is, judged by its path and rank alone.
+
+    Leaves named `kernel` with two or more axes are weights, and their last axis is the
+    feature axis. Under modules named `query`, `key` or `value`, a kernel with three axes
+    has two feature axes, head and head dimension. No rule can tell a scanned Dense from
+    a 1-D convolution.
+    """
+    *modules, name = path.split("/")
+    rank = getattr(leaf, "ndim", 0)
+    if name != "kernel":
+        return NotNeuron("not named kernel")
+    if rank < 2:
+        return NotNeuron(f"has {rank} axes, fewer than two")
+    is_projection = rank == 3 and modules[-1:] in (["query"], ["key"], ["value"])
+    return Neuron((-2, -1) if is_projection else (-1,))
+
+
+def _by_callable(axes: Callable[[str, Any], Any], path: str, leaf: Any) -> Decision:
+    feature_axes = axes(path, leaf)
+    if feature_axes is None:
+        return NotNeuron("the axes function returned None")
+    return Neuron(feature_axes)
+
+
+def _by_patterns(axes: Mapping[str, Any], paths: list[str]) -> list[Decision]:
+    patterns = {pattern: _compile(pattern) for pattern in axes}
+    for pattern, regex in patterns.items():
+        if not any(map(regex.fullmatch, paths)):
+            raise ValueError(
+                f"axes: the pattern {pattern!r} matches no leaf (it must match the whole slash "
+                f"path). Near paths:{listing(_nearest(pattern, paths))}"
+            )
+
+    def by_first_match(path: str) -> Decision:
+        for pattern, regex in patterns.items():
+            if regex.fullmatch(path):
+                if axes[pattern] is None:
+                    return NotNeuron(f"the pattern {pattern!r} says None")
+                return Neuron(axes[pattern])
+        return NotNeuron("no pattern matches")
+
+    return [by_first_match(path) for path in paths]
+
+
+def _compile(pattern: Any) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except (re.error, TypeError) as error:
+        raise ValueError(f"axes: {pattern!r} is not a regular expression: {error}") from error
+
+
+def _nearest(pattern: str, paths: Iterable[str]) -> list[str]:
+    words = re.sub(r"[^\w/]", "", pattern)
+    return difflib.get_close_matches(words, paths, n=5, cutoff=0.0)
+
+
+def _by_tree(axes: Any, paths: list[str]) -> list[Decision]:
+    decisions = {path: unbox(leaf) for path, leaf in flatten(axes)[0]}
+    if missing := [path for path in paths if path not in decisions]:
+        raise ValueError(f"axes: the tree says nothing of these leaves:{listing(missing)}")
+    if unexpected := [path for path in decisions if path not in set(paths)]:
+        raise ValueError(f"axes: the tree has leaves that params lacks:{listing(unexpected)}")
+    for path, decision in decisions.items():
+        if not isinstance(decision, Decision):
+            raise TypeError(f"axes: {path} must be a Neuron or a NotNeuron, got {decision!r}")
+    return [decisions[path] for path in paths]
+
+
+def canonical_axes(path: str, leaf: Any, feature_axes: Any) -> tuple[int, ...]:
+    """`feature_axes` of a leaf as sorted non-negative integers.
+
+    Raises:
+      ValueError: if an axis is out of range or named twice, or if no fan-in axis is left.
+      TypeError: if an axis is no integer.
+    """
+    where = f"{path or 'the leaf'} of shape {leaf.shape}"
+    try:
+        axes = [operator.index(axis) for axis in _as_tuple(feature_axes)]
+    except TypeError:
+        raise TypeError(
+            f"{where}: feature axes must be an int or a tuple of ints, got {feature_axes!r}"
+        ) from None
+    for axis in axes:
+        if not -leaf.ndim <= axis < leaf.ndim:
+            raise ValueError(f"{where}: feature axis {axis} is out of range for {leaf.ndim} axes")
+    positive = sorted({axis % leaf.ndim for axis in axes})
+    if len(positive) < len(axes):
+        raise ValueError(f"{where}: feature axes {feature_axes!r} name an axis twice")
+    if len(positive) == leaf.ndim:
+        raise ValueError(
+            f"{where}: feature axes {feature_axes!r} leave no fan-in axis to take a norm over. "
+            "Leave out the axes that the layer sums over, or give None to keep this leaf plain"
+        )
+    return tuple(positive)
+
+
+def _as_tuple(feature_axes: Any) -> tuple[Any, ...]:
+    return tuple(feature_axes) if isinstance(feature_axes, tuple | list) else (feature_axes,)

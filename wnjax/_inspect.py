@@ -1,0 +1,137 @@
+"""Views of a tree with nodes: what was normalized, which leaf is what, how long the vectors are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from wnjax._axes import Decision, Neuron
+from wnjax._leaves import flatten, unbox, unbox_node
+from wnjax._nodes import Node, fan_in_axes, gain, is_node, scale, sum_of_squares
+
+
+def summary(tree: chex.ArrayTree) -> str:
+    """What is normalized in `tree` and what is not and why, as a table with a line per leaf.
+
+    Args:
+      tree: any tree of arrays and nodes; or a tree of `Neuron` and `NotNeuron`, for which
+        the table gives the feature axes, the biases and the reasons.
+
+    Returns:
+      The table as a string of several lines.
+
+    >>> import jax.numpy as jnp
+    >>> import wnjax
+    >>> params = {"dense": {"kernel": jnp.ones((3, 4)), "bias": jnp.zeros(4)}}
+    >>> print(wnjax.summary(wnjax.weight_norm(params)))
+    leaf          shape   dtype    normalized
+    dense/bias    (4,)    float32  no: a single axis
+    dense/kernel  (3, 4)  float32  4 neurons, norm over axes (0,)
+    1 of 2 leaves normalized: 4 neurons, 12 of 16 numbers
+    """
+    leaves = [(path, unbox_node(leaf) or unbox(leaf)) for path, leaf in flatten(tree)[0]]
+    if any(isinstance(leaf, Decision) for _, leaf in leaves):
+        return _decision_table(leaves)
+    return _node_table(leaves)
+
+
+def _node_table(leaves: list[tuple[str, Any]]) -> str:
+    rows = [("leaf", "shape", "dtype", "normalized")]
+    for path, leaf in leaves:
+        array = leaf.v if is_node(leaf) else leaf
+        rows.append((path, str(jnp.shape(array)), str(jnp.result_type(array)), _describe(leaf)))
+    nodes = [leaf for _, leaf in leaves if is_node(leaf)]
+    numbers = sum(node.v.size for node in nodes)
+    return (
+        f"{_columns(rows)}\n{len(nodes)} of {len(leaves)} leaves normalized: "
+        f"{sum(node[0].size for node in nodes):,} neurons, {numbers:,} of "
+        f"{numbers + sum(jnp.size(x) for _, x in leaves if not is_node(x)):,} numbers"
+    )
+
+
+def _describe(leaf: Any) -> str:
+    if is_node(leaf):
+        logarithmic = ", log scale" if leaf._fields[0] == "log_g" else ""
+        return f"{leaf[0].size:,} neurons, norm over axes {fan_in_axes(leaf)}{logarithmic}"
+    if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+        return "no: not floating-point"
+    return "no: a single axis" if jnp.ndim(leaf) == 1 else "no: not chosen by the axes"
+
+
+def _decision_table(leaves: list[tuple[str, Decision]]) -> str:
+    rows = [("leaf", "neuron")]
+    for path, decision in leaves:
+        if isinstance(decision, Neuron):
+            bias = f", bias {decision.bias}" if decision.bias else ""
+            rows.append((path, f"feature axes {decision.feature_axes}{bias}"))
+        else:
+            rows.append((path, f"no: {decision.reason}"))
+    neurons = sum(isinstance(decision, Neuron) for _, decision in leaves)
+    return f"{_columns(rows)}\n{neurons} of {len(leaves)} leaves are weights of neurons"
+
+
+def _columns(rows: Sequence[tuple[str, ...]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+    return "\n".join(lines)
+
+
+def labels(tree: chex.ArrayTree) -> chex.ArrayTree:
+    """Says of every array in `tree` what it is: `"g"`, `"v"` or `"other"`.
+
+    For `optax.multi_transform`, weight-decay masks, or freezing the gains.
+
+    Args:
+      tree: any tree of arrays and nodes; both g and log_g are labeled `"g"`.
+
+    Returns:
+      A tree of the same structure, nodes and boxes included, with strings as leaves.
+
+    >>> import jax.numpy as jnp, optax
+    >>> import wnjax
+    >>> params = wnjax.weight_norm({"kernel": jnp.ones((3, 4)), "bias": jnp.zeros(4)})
+    >>> wnjax.labels(params)
+    {'bias': 'other', 'kernel': WeightNorm(g='g', v='v')}
+    >>> freeze_g = optax.multi_transform(
+    ...     {"g": optax.set_to_zero(), "v": optax.adam(1e-3), "other": optax.adam(1e-3)},
+    ...     wnjax.labels,
+    ... )
+    >>> state = freeze_g.init(params)
+    """
+
+    def label(x: Any) -> Any:
+        if not is_node(x):
+            return "other"
+        relabel = [jax.tree.map(lambda _, name=name: name, x[i]) for i, name in enumerate("gv")]
+        return type(x)(*relabel)
+
+    return jax.tree.map(label, tree, is_leaf=is_node)
+
+
+def norms(tree: chex.ArrayTree) -> dict[str, dict[str, jax.Array]]:
+    """‖v‖, g and g/‖v‖ of every node, for logging. Works under `jit`.
+
+    Args:
+      tree: any tree of arrays and nodes.
+
+    Returns:
+      From the slash path of every node to a dict with `"v"`, `"g"` and `"scale"`: arrays of
+      g's shape, in float32 or wider. g is exp(log_g) for a `LogWeightNorm`.
+
+    >>> import jax.numpy as jnp
+    >>> import wnjax
+    >>> node = wnjax.WeightNorm(g=jnp.array([[10.0]]), v=jnp.array([[3.0], [4.0]]))
+    >>> {name: float(x.squeeze()) for name, x in wnjax.norms({"kernel": node})["kernel"].items()}
+    {'g': 10.0, 'scale': 2.0, 'v': 5.0}
+    """
+    nodes = {path: unbox_node(leaf) for path, leaf in flatten(tree)[0]}
+    return {path: _norms(node) for path, node in nodes.items() if node is not None}
+
+
+def _norms(node: Node) -> dict[str, jax.Array]:
+    v = jnp.sqrt(sum_of_squares(node.v, fan_in_axes(node)))
+    return {"g": gain(node), "scale": scale(node), "v": v}

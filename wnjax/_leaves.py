@@ -1,0 +1,101 @@
+"""Leaves as users see them: their slash paths, and the Flax boxes around them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable
+from typing import Any
+
+import jax
+from flax import linen as nn
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+from wnjax._nodes import Node, is_node
+
+NNXMeta = nnx.bridge.NNXMeta
+
+
+def is_box(x: Any) -> bool:
+    """Whether `x` is a Flax container of one array: axis metadata or an NNX variable."""
+    return isinstance(x, nn.meta.AxisMetadata | nnx.Variable)
+
+
+def unbox(x: Any) -> Any:
+    """The content of a box; anything else as it is."""
+    if isinstance(x, nnx.Variable):
+        return x.get_value()
+    if isinstance(x, nn.Partitioned):
+        return x.unbox(apply_constraint=False)  # no sharding constraint of our own
+    return x.unbox() if is_box(x) else x
+
+
+def rebox(box: Any, value: Any) -> Any:
+    """A new box like `box` around `value`; `value` itself if `box` is no box."""
+    if isinstance(box, nnx.Variable):
+        return box.replace(value)
+    return box.replace_boxed(value) if is_box(box) else value
+
+
+def _axis_names(box: Any) -> Any:
+    """The names or sharding that a box gives to its axes, or None."""
+    if isinstance(box, nn.Partitioned):
+        return box.names
+    if isinstance(box, nnx.Variable):
+        return box.get_metadata().get("out_sharding")
+    return box.metadata.get("out_sharding") if isinstance(box, NNXMeta) else None
+
+
+def _with_axis_names(box: Any, names: Any) -> Any:
+    if isinstance(box, nn.Partitioned):
+        return box.replace(names=names)
+    if isinstance(box, nnx.Variable):
+        return box.replace(box.get_value(), out_sharding=names)
+    return box.replace(metadata=box.metadata | {"out_sharding": names})
+
+
+def _names_on(names: Any, axes: Collection[int]) -> Any:
+    """`names` (a tuple, PartitionSpec or NamedSharding) with None on all but `axes`."""
+    if isinstance(names, NamedSharding):
+        return NamedSharding(names.mesh, _names_on(names.spec, axes))
+    kept = tuple(name if axis in axes else None for axis, name in enumerate(names))
+    return PartitionSpec(*kept) if isinstance(names, PartitionSpec) else kept
+
+
+def box_node(box: Any, node: Node, feature_axes: Collection[int]) -> Any:
+    """Puts `node` where the weight was that `box` held.
+
+    A box that names axes goes around the gain and around v, since its names on
+    fan-in axes fit v only. Any other box stays around the node.
+    """
+    names = _axis_names(box)
+    if not names:
+        return rebox(box, node)
+    gain_box = _with_axis_names(box, _names_on(names, feature_axes))
+    return type(node)(rebox(gain_box, node[0]), rebox(box, node.v))
+
+
+def flatten(tree: Any) -> tuple[list[tuple[str, Any]], Any]:
+    """The (slash path, leaf) pairs of `tree`, and its treedef. Boxes and nodes are leaves."""
+    pairs, treedef = jax.tree_util.tree_flatten_with_path(
+        tree, is_leaf=lambda x: is_box(x) or is_node(x)
+    )
+    return [(jax.tree_util.keystr(p, simple=True, separator="/"), x) for p, x in pairs], treedef
+
+
+def map_leaves(fn: Callable[[str, Any], Any], tree: Any) -> Any:
+    """`tree` with every leaf replaced by `fn(slash path, leaf)`. Boxes and nodes are leaves."""
+    pairs, treedef = flatten(tree)
+    return treedef.unflatten(fn(path, leaf) for path, leaf in pairs)
+
+
+def unbox_node(leaf: Any) -> Any:
+    """The node that a leaf is or holds, without boxes; None where there is none."""
+    node = unbox(leaf)
+    return type(node)(*map(unbox, node)) if is_node(node) else None
+
+
+def listing(paths: Iterable[str], most: int = 8) -> str:
+    """Paths as lines of an error message, cut after `most`."""
+    paths = list(paths)
+    more = [f"... and {len(paths) - most} more"] if len(paths) > most else []
+    return "".join(f"\n  {path}" for path in paths[:most] + more)

@@ -1,0 +1,134 @@
+"""The two nodes that stand where a weight stood, and their arithmetic."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple, TypeGuard
+
+import jax
+import jax.numpy as jnp
+
+
+class WeightNorm(NamedTuple):
+    """A weight w = g·v/‖v‖: one length g and one direction v for every neuron.
+
+    A plain pytree of two arrays. The shapes say which axes a neuron sums over, so
+    slicing, stacking, vmapping, scanning, sharding and checkpointing just work.
+
+    Source: Salimans & Kingma 2016, https://arxiv.org/abs/1602.07868, equation 2.
+
+    Attributes:
+      g: the gains: v's rank, size 1 on the fan-in axes; float32 or wider.
+      v: the directions: the weight's shape and dtype.
+
+    >>> import jax.numpy as jnp
+    >>> import wnjax
+    >>> v = jnp.array([[3.0, 0.0], [4.0, 2.0]])  # two inputs, two neurons
+    >>> wnjax.fold(wnjax.WeightNorm(g=jnp.array([[10.0, 1.0]]), v=v))
+    Array([[6., 0.],
+           [8., 1.]], dtype=float32)
+    """
+
+    g: Any
+    v: Any
+
+
+class LogWeightNorm(NamedTuple):
+    """A weight w = exp(log_g)·v/‖v‖: a positive length, learned on a log scale.
+
+    Source: Salimans & Kingma 2016, https://arxiv.org/abs/1602.07868, section 2,
+    which calls log_g s.
+
+    Attributes:
+      log_g: the logarithms of the gains: shape and dtype as `WeightNorm.g`.
+      v: the directions: the weight's shape and dtype.
+
+    >>> import jax.numpy as jnp
+    >>> import wnjax
+    >>> node = wnjax.LogWeightNorm(log_g=jnp.zeros((1, 1)), v=jnp.array([[3.0], [4.0]]))
+    >>> wnjax.fold(node).round(6)
+    Array([[0.6],
+           [0.8]], dtype=float32)
+    """
+
+    log_g: Any
+    v: Any
+
+
+Node = WeightNorm | LogWeightNorm
+
+
+def is_node(x: Any) -> TypeGuard[Node]:
+    return isinstance(x, Node)
+
+
+def norm_dtype(dtype: Any) -> Any:
+    """The dtype in which norms accumulate and gains are kept: float32 or wider."""
+    return jnp.dtype(jnp.float32 if jnp.finfo(dtype).bits < 32 else dtype)
+
+
+def fan_in_axes(node: Node) -> tuple[int, ...]:
+    """The axes that the norm runs over, read off the shapes.
+
+    An axis of size 1 in both arrays is left out: it cannot matter to the norm.
+
+    Raises:
+      ValueError: if the gain's shape does not fit the direction's.
+    """
+    gain_shape, shape = jnp.shape(node[0]), jnp.shape(node.v)
+    fits = len(gain_shape) == len(shape) and all(
+        size in (1, full) for size, full in zip(gain_shape, shape, strict=True)
+    )
+    if not fits:
+        raise ValueError(
+            f"{node._fields[0]} of shape {gain_shape} does not fit v of shape {shape}: give it "
+            "v's rank, size 1 on the fan-in axes and v's size on the feature axes"
+        )
+    return tuple(axis for axis, size in enumerate(gain_shape) if size != shape[axis])
+
+
+def gain(node: Node) -> jax.Array:
+    """G of either kind of node, in the dtype of the norms."""
+    wide = jnp.asarray(node[0]).astype(norm_dtype(jnp.result_type(node.v)))
+    return jnp.exp(wide) if isinstance(node, LogWeightNorm) else wide
+
+
+@functools.partial(jax.jit, static_argnames="axes", inline=True)
+def sum_of_squares(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """Σx² over `axes`, which stay with size 1, in the dtype of the norms.
+
+    One compiled kernel outside `jit` too, so that splitting a weight and folding it
+    find the same norm to the last bit, and x² is never stored.
+    """
+    wide = x.astype(norm_dtype(x.dtype))
+    return jnp.sum(wide * wide, axis=axes, keepdims=True)
+
+
+def in_range(squared_norm: jax.Array) -> jax.Array:
+    """Whether a squared norm is a normal number, so that a direction can be had from it.
+
+    A NaN counts as in range: it must stay visible.
+    """
+    limits = jnp.finfo(squared_norm.dtype)
+    return ~((squared_norm < limits.tiny) | (squared_norm > limits.max))
+
+
+def root(squared_norm: jax.Array) -> jax.Array:
+    """√x where `in_range`, else 1: safe to divide by and to differentiate."""
+    return jnp.sqrt(jnp.where(in_range(squared_norm), squared_norm, 1))
+
+
+def scale(node: Node) -> jax.Array:
+    """g/‖v‖, of g's shape; 0 where ‖v‖² is not `in_range`.
+
+    Formed on the small array: XLA then never stores v/‖v‖. Dividing by the root
+    keeps derivatives right for all ‖v‖ in range; that of `rsqrt` overflows below 1e-13.
+    """
+    squared_norm = sum_of_squares(node.v, fan_in_axes(node))
+    return jnp.where(in_range(squared_norm), gain(node) / root(squared_norm), 0)
+
+
+def weight(node: Node) -> jax.Array:
+    """W = v·(g/‖v‖), of v's shape and dtype."""
+    v, factor = jnp.asarray(node.v), scale(node)
+    return (v.astype(factor.dtype) * factor).astype(v.dtype)
