@@ -88,7 +88,7 @@ def fan_in_axes(node: Node) -> tuple[int, ...]:
 
 
 def gain(node: Node) -> jax.Array:
-    """G of either kind of node, in the dtype of the norms."""
+    """The gain g of either kind of node, in the dtype of the norms."""
     wide = jnp.asarray(node[0]).astype(norm_dtype(jnp.result_type(node.v)))
     return jnp.exp(wide) if isinstance(node, LogWeightNorm) else wide
 
@@ -129,6 +129,6 @@ def scale(node: Node) -> jax.Array:
 
 
 def weight(node: Node) -> jax.Array:
-    """W = v·(g/‖v‖), of v's shape and dtype."""
+    """The weight w = v·(g/‖v‖), of v's shape and dtype."""
     v, factor = jnp.asarray(node.v), scale(node)
     return (v.astype(factor.dtype) * factor).astype(v.dtype)

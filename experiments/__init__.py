@@ -1,0 +1,1 @@
+"""Experiments with wnjax: one trainer, run from the files in configs/."""

@@ -1,0 +1,1 @@
+"""Arrays recorded from other implementations, each beside the script that made them."""

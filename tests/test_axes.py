@@ -1,0 +1,177 @@
+"""The forms of the `axes` argument, and what is said when one does not fit."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax.core import freeze
+
+import wnjax
+from tests import toys
+from wnjax import Neuron, NotNeuron
+
+PARAMS = {"dense": {"kernel": jnp.ones((3, 4)), "bias": jnp.ones(4)}, "ids": jnp.arange(6)}
+
+
+def gain_shapes(params, axes):
+    """From the path of every normalized leaf to the shape of its g."""
+    normalized = wnjax.norms(wnjax.weight_norm(params, axes))
+    return {path: node["g"].shape for path, node in normalized.items()}
+
+
+@pytest.mark.parametrize(
+    ("path", "shape", "expected"),
+    [
+        ("dense/kernel", (3, 4), (1, 4)),
+        ("dense/kernel", (4,), None),
+        ("dense/weight", (3, 4), None),
+        ("kernel/embedding", (3, 4), None),
+        ("my_kernel", (3, 4), None),
+        ("query/kernel", (4, 2, 3), (1, 2, 3)),
+        ("key/kernel", (4, 2, 3), (1, 2, 3)),
+        ("value/kernel", (4, 2, 3), (1, 2, 3)),
+        ("value/kernel", (4, 3), (1, 3)),
+        ("value/kernel", (4, 2, 3, 5), (1, 1, 1, 5)),
+        ("out/kernel", (2, 3, 4), (1, 1, 4)),
+        ("my_query/kernel", (4, 2, 3), (1, 1, 3)),
+        ("kernel", (3, 3, 2, 4), (1, 1, 1, 4)),
+    ],
+)
+def test_flax_naming_rules(path, shape, expected):
+    params = {"other": {"kernel": jnp.ones((2, 2))}}
+    *modules, name = path.split("/")
+    inner = {name: jnp.ones(shape)}
+    for module in reversed(modules):
+        inner = {module: inner}
+    assert gain_shapes(params | inner, None).get(path) == expected
+
+
+@pytest.mark.parametrize("tree", toys.TREES)
+@pytest.mark.parametrize(
+    "axes",
+    [
+        {".*/bias": None, "first/kernel": -1},
+        {"first/kernel": 1},
+        {"first/.*l": (1,), ".*/kernel": None},
+        lambda path, leaf: 1 if path == "first/kernel" and leaf.shape == (3, 8) else None,
+        {"first/kernel": [-1]},
+    ],
+)
+def test_patterns_and_callables_choose_one_leaf(tree, axes):
+    assert gain_shapes(toys.TREES[tree](), axes) == {"first/kernel": (1, 8)}
+
+
+@pytest.mark.parametrize(
+    ("feature_axes", "expected"),
+    [
+        (0, (2, 1, 1)),
+        (-1, (1, 1, 4)),
+        ((0, -1), (2, 1, 4)),
+        ((-1, 0), (2, 1, 4)),
+        ((), (1, 1, 1)),
+    ],
+)
+def test_feature_axes(feature_axes, expected):
+    assert gain_shapes({"w": jnp.ones((2, 3, 4))}, {"w": feature_axes}) == {"w": expected}
+
+
+def test_first_match_wins():
+    axes = {"first/.*": None, ".*/kernel": -1}
+    assert gain_shapes(toys.mlp_params(), axes) == {"second/kernel": (1, 16)}
+
+
+@pytest.mark.parametrize("tree", toys.TREES)
+def test_tree_of_neurons(tree):
+    params = toys.TREES[tree]()
+
+    def decision(path, leaf):
+        is_first = jax.tree_util.keystr(path, simple=True, separator="/").startswith("first/kernel")
+        return Neuron(feature_axes=(0,)) if is_first else NotNeuron("not now")
+
+    axes = jax.tree_util.tree_map_with_path(decision, params)
+    assert gain_shapes(params, axes) == {"first/kernel": (3, 1)}
+
+
+def test_tree_of_neurons_may_be_of_another_container():
+    params = toys.mlp_params()
+    axes = freeze(jax.tree.map(lambda p: Neuron(-1) if p.ndim == 2 else NotNeuron("bias"), params))
+    assert len(gain_shapes(params, axes)) == 2
+
+
+def test_a_single_array_is_a_tree():
+    assert wnjax.weight_norm(jnp.ones((3, 4)), lambda path, leaf: -1).g.shape == (1, 4)
+
+
+@pytest.mark.parametrize(
+    ("axes", "error", "text"),
+    [
+        (
+            {"dense/kernal": -1},
+            ValueError,
+            r"the pattern 'dense/kernal' matches no leaf \(.*Near paths:\n  dense/kernel\n",
+        ),
+        ({"kernel": -1}, ValueError, r"'kernel' matches no leaf \(it must match the whole"),
+        ({"(": -1}, ValueError, r"'\(' is not a regular expression: missing \)"),
+        ({3: -1}, ValueError, "3 is not a regular expression"),
+        (
+            {"dense/kernel": 2},
+            ValueError,
+            r"^dense/kernel of shape \(3, 4\): feature axis 2 is out of range for 2 axes",
+        ),
+        (
+            {"dense/kernel": -3},
+            ValueError,
+            r"^dense/kernel of shape \(3, 4\): feature axis -3 is out of range for 2 axes",
+        ),
+        (
+            {"dense/kernel": (0, 1)},
+            ValueError,
+            r"^dense/kernel of shape \(3, 4\): .* leave no fan-in axis .*give None to keep",
+        ),
+        ({"dense/.*": -1}, ValueError, r"^dense/bias of shape \(4,\).*no fan-in axis"),
+        ({"dense/kernel": (1, -1)}, ValueError, "dense/kernel.*name an axis twice"),
+        ({"dense/kernel": 1.0}, TypeError, "dense/kernel.*an int or a tuple of ints, got 1.0"),
+        ({"dense/kernel": "1"}, TypeError, "dense/kernel.*tuple of ints, got '1'"),
+        ({"ids": ()}, TypeError, "^ids has dtype int32; only floating-point.*None for its path"),
+        ({".*": None}, ValueError, "no leaf is a weight.*\n  dense/bias: the pattern '.*' says"),
+        (lambda path, leaf: None, ValueError, "no leaf is a weight; pass axes to choose them"),
+        ("kernel", TypeError, "axes must be None, a dict .*got 'kernel'"),
+        (3, TypeError, "axes must be None"),
+        (
+            {"dense": {"kernel": Neuron(-1), "bias": NotNeuron("bias")}},
+            ValueError,
+            "the tree says nothing of these leaves:\n  ids$",
+        ),
+        (
+            {"dense": {"kernel": Neuron(-1), "bias": 0}, "ids": 0, "more": Neuron(-1)},
+            ValueError,
+            "the tree has leaves that params lacks:\n  more$",
+        ),
+        (
+            {"dense": {"kernel": Neuron(-1), "bias": 0}, "ids": NotNeuron("ids")},
+            TypeError,
+            "dense/bias must be a Neuron or a NotNeuron, got 0",
+        ),
+    ],
+)
+def test_errors(axes, error, text):
+    with pytest.raises(error, match=text):
+        wnjax.weight_norm(PARAMS, axes)
+
+
+def test_empty_feature_axes_need_an_axis_to_sum_over():
+    with pytest.raises(ValueError, match=r"^scale of shape \(\): .* leave no fan-in axis"):
+        wnjax.weight_norm({"scale": jnp.ones(())}, axes={"scale": ()})
+
+
+def test_nothing_matched():
+    with pytest.raises(
+        ValueError,
+        match=r"no leaf is a weight; pass axes.*\n  bias: not named kernel\n  kernel: has 1 axes",
+    ):
+        wnjax.weight_norm({"kernel": jnp.ones(3), "bias": jnp.ones(3)})
+
+
+def test_long_lists_are_cut():
+    params = {f"layer{i:02}": jnp.ones(3) for i in range(20)}
+    with pytest.raises(ValueError, match=r"layer07: not named kernel\n  \.\.\. and 12 more$"):
+        wnjax.weight_norm(params)
