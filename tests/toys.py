@@ -57,7 +57,7 @@ class TwoLayers(nnx.Module):
 
     def __init__(self, rngs):
         self.first = nnx.Linear(3, 8, rngs=rngs)
-        self.rest = nnx.List([nnx.Linear(8, 4, rngs=rngs)])
+        self.rest = nnx.List([nnx.Linear(8, 16, rngs=rngs)])
 
     def __call__(self, x):
         return self.rest[0](nnx.relu(self.first(x)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 
 from wnjax._axes import Decision, Neuron
 from wnjax._leaves import flatten, unbox, unbox_node
-from wnjax._nodes import Node, fan_in_axes, gain, is_node, scale, sum_of_squares
+from wnjax._nodes import LogWeightNorm, Node, fan_in_axes, gain, is_node, scale, sum_of_squares
 
 
 def summary(tree: chex.ArrayTree) -> str:
@@ -43,23 +44,34 @@ def _node_table(leaves: list[tuple[str, Any]]) -> str:
     rows = [("leaf", "shape", "dtype", "normalized")]
     for path, leaf in leaves:
         array = leaf.v if is_node(leaf) else leaf
-        rows.append((path, str(jnp.shape(array)), str(jnp.result_type(array)), _describe(leaf)))
+        shape, dtype = getattr(array, "shape", "-"), getattr(array, "dtype", "-")
+        rows.append((path, str(shape), str(dtype), _describe(leaf)))
     nodes = [leaf for _, leaf in leaves if is_node(leaf)]
-    numbers = sum(node.v.size for node in nodes)
+    others = [leaf for _, leaf in leaves if not is_node(leaf)]
+    neurons, numbers = sum(_size(node[0]) for node in nodes), sum(_size(node.v) for node in nodes)
     return (
-        f"{_columns(rows)}\n{len(nodes)} of {len(leaves)} leaves normalized: "
-        f"{sum(node[0].size for node in nodes):,} neurons, {numbers:,} of "
-        f"{numbers + sum(jnp.size(x) for _, x in leaves if not is_node(x)):,} numbers"
+        f"{_columns(rows)}\n{len(nodes)} of {len(leaves)} leaves normalized: {neurons:,} neurons, "
+        f"{numbers:,} of {numbers + sum(map(_size, others)):,} numbers"
     )
+
+
+def _is_array(leaf: Any) -> bool:
+    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+
+
+def _size(leaf: Any) -> int:
+    return math.prod(leaf.shape) if _is_array(leaf) else 0
 
 
 def _describe(leaf: Any) -> str:
     if is_node(leaf):
-        logarithmic = ", log scale" if leaf._fields[0] == "log_g" else ""
-        return f"{leaf[0].size:,} neurons, norm over axes {fan_in_axes(leaf)}{logarithmic}"
-    if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+        logarithmic = ", log scale" if isinstance(leaf, LogWeightNorm) else ""
+        return f"{_size(leaf[0]):,} neurons, norm over axes {fan_in_axes(leaf)}{logarithmic}"
+    if not _is_array(leaf):
+        return "no: not an array"
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
         return "no: not floating-point"
-    return "no: a single axis" if jnp.ndim(leaf) == 1 else "no: not chosen by the axes"
+    return "no: a single axis" if len(leaf.shape) == 1 else "no: not chosen by the axes"
 
 
 def _decision_table(leaves: list[tuple[str, Decision]]) -> str:

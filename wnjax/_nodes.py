@@ -105,12 +105,13 @@ def sum_of_squares(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
 
 
 def in_range(squared_norm: jax.Array) -> jax.Array:
-    """Whether a squared norm is a normal number, so that a direction can be had from it.
+    """Whether a squared norm is finite and no square that matters to it was flushed to zero.
 
-    A NaN counts as in range: it must stay visible.
+    In float32 that is so for norms from 3.2e-16 to 1.8e19. A NaN counts as in range: it
+    must stay visible.
     """
     limits = jnp.finfo(squared_norm.dtype)
-    return ~((squared_norm < limits.tiny) | (squared_norm > limits.max))
+    return ~((squared_norm < limits.tiny / limits.eps) | (squared_norm > limits.max))
 
 
 def root(squared_norm: jax.Array) -> jax.Array:

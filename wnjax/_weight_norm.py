@@ -38,8 +38,8 @@ def weight_norm(
 
     A neuron of zeros has no direction. It gets g = 0 and a pseudo-random v, drawn from
     its leaf's path, so that the function is unchanged and ∇g is not zero: it trains.
-    Where ‖w‖² is not a normal number of its dtype (in float32: ‖w‖ below 1e-19 or
-    above 1.8e19), v is w divided by its largest element.
+    Where ‖w‖² under- or overflows (in float32: ‖w‖ below 3.2e-16 or above 1.8e19),
+    v is w divided by its largest element, and g still ‖w‖.
 
     Args:
       params: any pytree of arrays: dict, FrozenDict, `nnx.State`, Equinox module, with
@@ -101,8 +101,8 @@ def weight_norm(
 def fold(tree: chex.ArrayTree) -> chex.ArrayTree:
     """The inverse of `weight_norm`: every node becomes its weight w = v·(g/‖v‖).
 
-    Norms accumulate in float32 for bfloat16 and float16. Where v is zero, or ‖v‖² is not
-    a normal number of its dtype (in float32: ‖v‖ below 1e-19 or above 1.8e19), w and all
+    Norms accumulate in float32 for bfloat16 and float16. Where v is zero, or ‖v‖²
+    under- or overflows (in float32: ‖v‖ below 3.2e-16 or above 1.8e19), w and all its
     derivatives are 0, never NaN.
 
     Args:

@@ -1,0 +1,145 @@
+"""One contract for every transform of a parameter tree, on every kind of tree.
+
+A new transform joins by one entry in `TRANSFORMS`.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+from jax.test_util import check_grads
+
+import wnjax
+from tests import toys
+
+
+class Transform(NamedTuple):
+    """A function of one tree, and what makes its input from plain parameters."""
+
+    fn: Callable[[Any], Any]
+    prepare: Callable[[Any], Any] = lambda params: params
+
+
+def log_weight_norm(params):
+    return wnjax.weight_norm(params, log_scale=True)
+
+
+TRANSFORMS = {
+    "weight_norm": Transform(wnjax.weight_norm),
+    "weight_norm_log": Transform(log_weight_norm),
+    "fold": Transform(wnjax.fold, wnjax.weight_norm),
+    "fold_log": Transform(wnjax.fold, log_weight_norm),
+    "norms": Transform(wnjax.norms, wnjax.weight_norm),
+}
+
+pytestmark = [
+    pytest.mark.parametrize("name", TRANSFORMS),
+    pytest.mark.parametrize("tree", toys.TREES),
+]
+
+
+def case(name, tree, place=jnp.copy):
+    """The function and a fresh input, made from parameters that `place` has put somewhere."""
+    fn, prepare = TRANSFORMS[name]
+    return fn, prepare(jax.tree.map(place, toys.TREES[tree]()))
+
+
+def assert_equal(actual, expected, rtol=1e-6):
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    actual, expected = jax.tree.leaves(actual), jax.tree.leaves(expected)
+    chex.assert_trees_all_close(actual, expected, rtol=rtol, atol=rtol)
+    chex.assert_trees_all_equal_dtypes(actual, expected)
+
+
+@pytest.mark.filterwarnings("ignore:Some donated buffers were not usable")  # such as g in fold
+def test_jit_compiles_once_and_takes_donated_input(name, tree):
+    fn, params = case(name, tree)
+    expected = fn(params)
+    chex.clear_trace_counter()
+    jitted = jax.jit(chex.assert_max_traces(fn, 1), donate_argnums=0)
+    for _ in range(2):
+        _, fresh = case(name, tree)
+        assert_equal(jitted(fresh), expected)
+
+
+def test_input_is_left_alone(name, tree):
+    fn, params = case(name, tree)
+    before = jax.tree.map(np.array, jax.tree.leaves(params))
+    fn(params)
+    chex.assert_trees_all_equal(jax.tree.leaves(params), before)
+
+
+def test_bfloat16(name, tree):
+    fn, _ = TRANSFORMS[name]
+    low = jax.tree.map(lambda p: p.astype(jnp.bfloat16), toys.TREES[tree]())
+    low = TRANSFORMS[name].prepare(low)
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32), low)
+    dtypes = {str(x.dtype) for x in jax.tree.leaves(fn(low))}
+    assert dtypes <= {"bfloat16", "float32"}
+    if name.startswith("fold"):
+        assert dtypes == {"bfloat16"}
+    chex.assert_trees_all_close(
+        *(
+            jax.tree.map(lambda x: x.astype(jnp.float32), jax.tree.leaves(fn(t)))
+            for t in (low, wide)
+        ),
+        rtol=0 if name == "fold" else 2**-8,
+    )
+
+
+def test_vmap_equals_a_loop(name, tree):
+    fn, params = case(name, tree)
+    members = [params, jax.tree.map(lambda p: 1 - 2 * p, params)]
+    stack = partial(jax.tree.map, lambda *members: jnp.stack(members))
+    assert_equal(jax.jit(jax.vmap(fn))(stack(*members)), stack(*map(jax.jit(fn), members)))
+
+
+def test_derivatives_equal_finite_differences(name, tree, x64):
+    fn, params = case(name, tree)
+    params = jax.tree.map(lambda p: p.astype(jnp.float64), params)
+
+    @jax.jit
+    def total(params):
+        return sum(jnp.sum(jnp.sin(x)) for x in jax.tree.leaves(fn(params)))
+
+    check_grads(total, (params,), order=1, modes=["fwd", "rev"], atol=1e-6, rtol=1e-6)
+
+
+def test_shard_map_over_features(name, tree):
+    fn, params = case(name, tree)
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+
+    def specs(tree):
+        return jax.tree.map(lambda x: jax.P(*[None] * (x.ndim - 1), "x"), tree)
+
+    sharded = jax.shard_map(
+        fn, mesh=mesh, in_specs=(specs(params),), out_specs=specs(jax.eval_shape(fn, params))
+    )
+    assert_equal(jax.jit(sharded)(params), fn(params))
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_jit_on_sharded_arrays(name, tree, axis_type):
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(axis_type,))
+
+    def shard(x):  # the fan-in axis of the second kernel, the features of the rest
+        spec = ["x", None] if x.shape == (8, 16) else [*[None] * (x.ndim - 1), "x"]
+        return jax.device_put(x, jax.NamedSharding(mesh, jax.P(*spec)))
+
+    fn, params = case(name, tree)
+    _, sharded = case(name, tree, place=shard)
+    assert_equal(jax.jit(fn)(sharded), fn(params))
+    assert_equal(fn(sharded), fn(params))
+
+
+def test_pmap(name, tree):
+    fn, params = case(name, tree)
+    replicas = jax.tree.map(lambda p: jnp.stack([p] * 8), params)
+    expected = jax.tree.map(lambda x: jnp.stack([x] * 8), fn(params))
+    assert_equal(jax.pmap(fn)(replicas), expected)
