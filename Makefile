@@ -1,0 +1,65 @@
+# make demo, make test: set-up included. Python 3.11 or newer and make are all that is needed.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+NEWEST := .venv-newest/bin
+PIP_FLAGS := --quiet --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-newest lint types check format constraints clean
+
+help: ## what there is
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
+
+demo: .venv/ready ## train on real digits for about a minute: a table and a picture
+	rm -rf runs/demo
+	$(BIN)/python -m experiments.train --config=configs/digits.py:plain --workdir=runs/demo/plain
+	$(BIN)/python -m experiments.train --config=configs/digits.py:weight_norm --workdir=runs/demo/weight_norm
+	$(BIN)/python -m experiments.train --config=configs/digits.py:batch_norm --workdir=runs/demo/batch_norm
+	$(BIN)/python -m experiments.report runs/demo/plain runs/demo/weight_norm runs/demo/batch_norm --out=runs/demo/digits.png
+
+test: lint types check ## all checks: lint, format, types, doctests, tests
+
+lint: .venv/ready ## ruff: lint and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: .venv/ready ## mypy over wnjax/ and experiments/
+	$(BIN)/mypy
+
+check: .venv/ready ## doctests and tests only
+	$(BIN)/pytest -n 2
+
+test-newest: .venv-newest/ready ## doctests and tests on the newest Python found, with the newest JAX
+	$(NEWEST)/python -c "import jax, flax, sys; print('Python', sys.version.split()[0], 'jax', jax.__version__, 'flax', flax.__version__)"
+	$(NEWEST)/pytest -n 2
+
+format: .venv/ready ## let ruff mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+.venv/ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; name it: make PYTHON=/path/to/python3.11"; exit 1; }
+	@echo "setting up .venv with $$($(PYTHON) --version); a few minutes, once"
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install $(PIP_FLAGS) --constraint constraints.txt flit_core
+	$(BIN)/pip install $(PIP_FLAGS) --constraint constraints.txt --no-build-isolation --editable '.[experiments,test]'
+	@touch $@
+
+.venv-newest/ready: pyproject.toml .ci/newest-python
+	@echo "setting up .venv-newest with $$($$(.ci/newest-python) --version); a few minutes, once"
+	$$(.ci/newest-python) -m venv .venv-newest
+	$(NEWEST)/pip install $(PIP_FLAGS) --editable '.[experiments,test]'
+	@touch $@
+
+constraints: ## renew constraints.txt with today's releases for this Python
+	rm -rf .venv-constraints
+	$(PYTHON) -m venv .venv-constraints
+	.venv-constraints/bin/pip install $(PIP_FLAGS) flit_core '.[experiments,test]'
+	{ echo "# What .venv is made of: today's newest for Python 3.11. make constraints renews it."; \
+	  .venv-constraints/bin/pip freeze --exclude wnjax; } > constraints.txt
+	rm -rf .venv-constraints
+
+clean: ## remove both environments, caches and runs
+	rm -rf .venv .venv-newest .*_cache runs
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
