@@ -136,10 +136,10 @@ def parse(arguments: Sequence[str]) -> Run:
 
 def _validated(config: Any) -> Config:
     """A new config, so that its checks see what the command line has set."""
-    config.norm  # noqa: B018 - a missing file says so at the first access
-    if not isinstance(config, Config):
-        raise TypeError(f"get_config must return a Config, got {config!r}")
-    return dataclasses.replace(config)
+    if isinstance(config, Config):
+        return dataclasses.replace(config)
+    getattr(config, "norm", None)  # what stands for a file that cannot be read says so now
+    raise TypeError(f"get_config must return a Config, got {config!r}")
 
 
 def _check_names(arguments: Sequence[str]) -> None:
@@ -157,9 +157,8 @@ def _check_names(arguments: Sequence[str]) -> None:
 def _explain(error: BaseException) -> str:
     """The innermost message of an error; absl and ml_collections wrap it in tracebacks."""
     first = message = str(error).split("\n", maxsplit=1)[0]
-    while error.__context__ is not None:
-        error = error.__context__
-        message = str(error) or message
+    while inner := error.__cause__ or error.__context__:
+        error, message = inner, str(inner).strip().split("\n")[-1].strip() or message
     if unknown := re.search(r"(?:keyword argument|has no attribute) '(\w+)'", message):
         name = unknown.group(1)
         message += _hint(name, [field.name for field in dataclasses.fields(Config)])

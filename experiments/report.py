@@ -18,7 +18,7 @@ GOAL = 0.05  # test error
 FOOTNOTE = """\
 test error: mean ± standard deviation over the seeds. ms a step: all seeds together, the test
 error included; median and quartiles over the chunks. The runs were timed one after the other:
-on a busy machine, differences of a tenth are noise."""
+on a busy machine, differences of a fifth are noise."""
 
 
 class History(NamedTuple):
