@@ -4,6 +4,7 @@
 import dataclasses
 import difflib
 import enum
+import inspect
 import math
 import re
 from collections.abc import Iterable, Sequence
@@ -93,7 +94,7 @@ usage: python -m experiments.train --config=FILE[:VARIANT] [--config.FIELD=VALUE
 
 DIR is runs/<name of the file>/<norm> unless given. The fields:
 
-{Config.__doc__}"""
+{inspect.cleandoc(Config.__doc__ or "")}"""
 
 _Choice = TypeVar("_Choice", bound=enum.Enum)
 

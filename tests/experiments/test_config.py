@@ -1,6 +1,7 @@
 """Every config file parses; every mistake is told, with the right spelling where one is near."""
 
 import dataclasses
+import inspect
 import re
 from pathlib import Path
 
@@ -103,5 +104,5 @@ def test_mistakes_in_a_config_file(body, text, tmp_path):
 
 
 def test_every_field_is_documented():
-    documented = re.findall(r"^ {6}(\w+):", Config.__doc__, re.MULTILINE)
+    documented = re.findall(r"^  (\w+): ", inspect.cleandoc(Config.__doc__), re.MULTILINE)
     assert documented == [field.name for field in dataclasses.fields(Config)]

@@ -138,7 +138,7 @@ def test_help_and_errors(argument, capsys):
     out, err = capsys.readouterr()
     if argument == "--help":
         assert status == 0
-        assert "      steps_per_chunk: steps compiled into one program" in out
+        assert "\n  steps_per_chunk: steps compiled into one program" in out
     else:
         assert status == 2
         assert err.startswith("error: --config=configs/digits.py:plian: unknown variant 'plian'")
