@@ -1,5 +1,6 @@
 """The forms of the `axes` argument, and what is said when one does not fit."""
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import pytest
@@ -95,6 +96,14 @@ def test_tree_of_neurons_may_be_of_another_container():
     params = toys.mlp_params()
     axes = freeze(jax.tree.map(lambda p: Neuron(-1) if p.ndim == 2 else NotNeuron("bias"), params))
     assert len(gain_shapes(params, axes)) == 2
+
+
+def test_tree_of_neurons_may_be_callable():
+    """An Equinox module is one."""
+    model = eqx.filter(eqx.nn.Linear(3, 4, key=jax.random.key(0)), eqx.is_array)
+    axes = jax.tree.map(lambda x: Neuron(0) if x.ndim == 2 else NotNeuron("bias"), model)
+    assert callable(axes)
+    assert gain_shapes(model, axes) == {"weight": (4, 1)}
 
 
 def test_a_single_array_is_a_tree():

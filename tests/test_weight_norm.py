@@ -33,6 +33,33 @@ def test_layer_keeps_its_weights_and_outputs(name, dtype):
     assert toys.ulps(inside_jit, params) <= (2 if dtype == jnp.float32 else 0)
 
 
+@pytest.mark.parametrize(
+    ("module", "x_shape", "axes", "g_shape"),
+    [
+        (nn.DenseGeneral((2, 3)), (5, 4), (-2, -1), (1, 2, 3)),
+        (nn.DenseGeneral((2, 3), axis=(-2, -1)), (5, 4, 6), (-2, -1), (1, 1, 2, 3)),
+        (nn.DenseGeneral(3, batch_dims=0), (5, 4), (0, -1), (5, 1, 3)),
+        (nn.ConvTranspose(4, (3, 3), transpose_kernel=True), (5, 4, 4, 2), -2, (1, 1, 4, 1)),
+        (nn.Conv(4, (3, 3), feature_group_count=2), (5, 8, 8, 2), -1, (1, 1, 1, 4)),
+        (nn.Dense(4), (5, 3), (), (1, 1)),
+    ],
+)
+def test_layer_with_explicit_axes(module, x_shape, axes, g_shape):
+    x = jax.random.normal(jax.random.key(1), x_shape)
+    params = module.init(jax.random.key(0), x)["params"]
+    normalized = wnjax.weight_norm(params, axes={"kernel": axes})
+    assert normalized["kernel"].g.shape == g_shape
+    w = np.asarray(params["kernel"])
+    features = {int(axis) % w.ndim for axis in np.atleast_1d(axes)}
+    fan_in = tuple(axis for axis in range(w.ndim) if axis not in features)
+    expected = np.sqrt((w.astype(np.float64) ** 2).sum(fan_in, keepdims=True))
+    np.testing.assert_allclose(normalized["kernel"].g, expected, rtol=1e-6)
+    folded = wnjax.fold(normalized)
+    np.testing.assert_array_equal(
+        module.apply({"params": folded}, x), module.apply({"params": params}, x)
+    )
+
+
 @pytest.mark.parametrize("name", toys.TREES)
 def test_tree_keeps_its_containers_and_weights(name):
     params = toys.TREES[name]()

@@ -35,6 +35,13 @@ class Neuron:
         from the end. The layer sums over all the others, the fan-in axes. `()` makes
         the whole leaf one neuron.
       bias: the slash path of the bias added to these neurons' sums, if known.
+
+    >>> import jax.numpy as jnp
+    >>> import wnjax
+    >>> params = {"w": jnp.ones((3, 4)), "b": jnp.ones(4)}
+    >>> axes = {"w": wnjax.Neuron(feature_axes=-1, bias="b"), "b": wnjax.NotNeuron("bias")}
+    >>> wnjax.weight_norm(params, axes)["w"].g
+    Array([[1.7320508, 1.7320508, 1.7320508, 1.7320508]], dtype=float32)
     """
 
     feature_axes: FeatureAxes
@@ -47,6 +54,12 @@ class NotNeuron:
 
     Attributes:
       reason: why, in one line.
+
+    >>> import wnjax
+    >>> print(wnjax.summary({"b": wnjax.NotNeuron("bias")}))
+    leaf  neuron
+    b     no: bias
+    0 of 1 leaves are weights of neurons
     """
 
     reason: str
@@ -70,10 +83,10 @@ def decide(params: chex.ArrayTree, axes: Axes = None) -> list[tuple[str, Any, De
     paths = [path for path, _ in leaves]
     if axes is None:
         decisions = [by_flax_names(path, leaf) for path, leaf in leaves]
+    elif any(isinstance(unbox(leaf), Decision) for _, leaf in flatten(axes)[0]):
+        decisions = _by_tree(axes, paths)  # before callables: an Equinox module is both
     elif callable(axes):
         decisions = [_by_callable(axes, path, leaf) for path, leaf in leaves]
-    elif any(isinstance(unbox(leaf), Decision) for _, leaf in flatten(axes)[0]):
-        decisions = _by_tree(axes, paths)
     elif isinstance(axes, Mapping):
         decisions = _by_patterns(axes, paths)
     else:
