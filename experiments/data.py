@@ -52,12 +52,8 @@ def batch_indices(key: jax.Array, first: jax.Array, steps: int, batch: int, n: i
 
     Returns:
       Indices of shape (steps, batch).
-
-    Raises:
-      ValueError: if there are fewer examples than make a batch.
     """
-    if not (per_epoch := n // batch):
-        raise ValueError(f"a batch of {batch} is larger than the {n} training examples")
+    per_epoch = n // batch
 
     def epoch(number: jax.Array) -> jax.Array:
         order = jax.random.permutation(jax.random.fold_in(key, number), n)

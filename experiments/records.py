@@ -1,4 +1,4 @@
-"""Run directories: what was run, on what, and its metrics.
+"""Run directories: what was run, on what, and its metrics; and how metrics are written out.
 
 run.json        the resolved config, package versions, Python and device
 metrics.jsonl   one JSON object a line: step, seconds, and a list over the seeds for
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from experiments.config import Config
 
@@ -122,3 +123,9 @@ def read_metrics(workdir: Path) -> list[dict[str, Any]]:
     if not lines:
         raise RecordError(f"{workdir} has no metrics yet")
     return lines
+
+
+def mean_and_std(values: np.ndarray, decimals: int) -> str:
+    """A mean over seeds as text, with the standard deviation where there are several."""
+    mean = f"{np.mean(values):.{decimals}f}"
+    return f"{mean} ± {np.std(values, ddof=1):.{decimals}f}" if len(values) > 1 else mean

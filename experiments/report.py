@@ -63,7 +63,7 @@ def table(histories: Sequence[History]) -> str:
             (
                 history.name,
                 history.step[-1],
-                mean_and_std(100 * history.test_error[-1]),
+                records.mean_and_std(100 * history.test_error[-1], 2),
                 steps_to_goal(history),
                 f"{1000 * seconds:.1f} ({1000 * low:.1f} to {1000 * high:.1f})",
                 f"{seconds / plain:.2f}" if plain else "-",
@@ -72,12 +72,6 @@ def table(histories: Sequence[History]) -> str:
     headers = ("run", "steps", "test error %", f"steps to {GOAL:.0%}", "ms a step", "of plain")
     align = ("left", *["right"] * (len(headers) - 1))
     return str(tabulate(rows, headers, colalign=align, disable_numparse=True))
-
-
-def mean_and_std(values: np.ndarray) -> str:
-    """The mean over seeds, with the standard deviation where there are several."""
-    mean = f"{np.mean(values):.2f}"
-    return f"{mean} ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else mean
 
 
 def steps_to_goal(history: History) -> str:

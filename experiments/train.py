@@ -20,9 +20,8 @@ import optax
 from tqdm import tqdm
 
 import wnjax
-from experiments import config as config_lib
 from experiments import records
-from experiments.config import Config, Norm
+from experiments.config import USAGE, Config, ConfigError, Norm, parse
 from experiments.data import Data, Split, batch_indices, digits
 from experiments.models import ConvNet
 
@@ -104,10 +103,16 @@ def train(config: Config, workdir: Path) -> Metrics:
     """Trains all seeds, writes a record after every chunk, and returns the last metrics.
 
     Raises:
+      ConfigError: if a batch is larger than the data.
       RecordError: if `workdir` holds another run.
     """
-    records.create(workdir, config)
     data, trainer = digits(), Trainer(config)
+    if config.batch_size > (images := len(data.train.labels)):
+        raise ConfigError(
+            f"batch_size must be at most {images}, the number of training images, "
+            f"got {config.batch_size}"
+        )
+    records.create(workdir, config)
     keys = jax.vmap(jax.random.key)(config.seed + jnp.arange(config.seeds))
     states = jax.jit(jax.vmap(trainer.init, in_axes=(0, None)))(keys, data.train.images)
     if config.norm is Norm.WEIGHT_NORM:
@@ -141,31 +146,26 @@ def train(config: Config, workdir: Path) -> Metrics:
 
 def describe(metrics: Metrics) -> str:
     """The metrics as text: means, and standard deviations where there are several seeds."""
-    return ", ".join(f"{name} {mean_and_std(x)}" for name, x in metrics.items())
-
-
-def mean_and_std(values: np.ndarray) -> str:
-    """A mean over seeds, with the standard deviation where there are several."""
-    mean = f"{np.mean(values):.4g}"
-    return f"{mean} ± {np.std(values, ddof=1):.2g}" if len(values) > 1 else mean
+    return ", ".join(f"{name} {records.mean_and_std(x, 4)}" for name, x in metrics.items())
 
 
 def main(arguments: Sequence[str]) -> int:
     """Runs the command line and returns its exit status."""
     if "--help" in arguments:
-        print(config_lib.USAGE)
+        print(USAGE)
         return 0
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     log.setLevel(logging.INFO)
     try:
-        config, workdir = config_lib.parse(arguments)
+        config, workdir = parse(arguments)
         metrics = train(config, workdir)
-    except (config_lib.ConfigError, records.RecordError) as error:
+    except (ConfigError, records.RecordError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    percent = records.mean_and_std(100 * metrics["test_error"], 2)
     print(
-        f"{config.norm.value}: test error {mean_and_std(100 * metrics['test_error'])} % after "
-        f"{config.steps} steps, {config.seeds} seeds; records in {workdir}"
+        f"{config.norm.value}: test error {percent} % after {config.steps} steps "
+        f"(seeds: {config.seeds}); records in {workdir}"
     )
     return 0
 

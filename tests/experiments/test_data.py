@@ -37,8 +37,3 @@ def test_chunks_do_not_matter(chunk):
         return np.concatenate(parts)[:21]
 
     np.testing.assert_array_equal(order(chunk), order(21))
-
-
-def test_a_batch_too_large():
-    with pytest.raises(ValueError, match="a batch of 23 is larger than the 22 training examples"):
-        batch_indices(jax.random.key(0), jnp.int32(0), 1, 23, 22)

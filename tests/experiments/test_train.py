@@ -122,7 +122,7 @@ def test_the_command_line_learns_digits(tmp_path):
         in done.stderr
     )
     assert "step 120 of 120: loss" in done.stderr  # a line per chunk: this is no terminal
-    assert f"steps, 1 seeds; records in {tmp_path}" in done.stdout
+    assert f"% after 120 steps (seeds: 1); records in {tmp_path}" in done.stdout
     assert records.read_metrics(tmp_path)[-1]["test_error"][0] < 0.12
 
     refused = subprocess.run(
@@ -142,6 +142,13 @@ def test_help_and_errors(argument, capsys):
     else:
         assert status == 2
         assert err.startswith("error: --config=configs/digits.py:plian: unknown variant 'plian'")
+
+
+def test_a_batch_larger_than_the_data(tmp_path, capsys):
+    arguments = [CASES[0], "--config.batch_size=1438", f"--workdir={tmp_path / 'run'}"]
+    assert main(arguments) == 2
+    assert "batch_size must be at most 1437, the number of training" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_one_compilation_for_all_chunks(tmp_path, monkeypatch):
