@@ -68,8 +68,8 @@ class Config:
             raise ValueError(f"widths must be one or more positive ints, got {self.widths}")
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum must lie in [0, 1), got {self.momentum}")
-        if self.seed < 0:
-            raise ValueError(f"seed must not be negative, got {self.seed}")
+        if not 0 <= self.seed < 2**31 - self.seeds:
+            raise ValueError(f"seed must not be negative or beyond 31 bits, got {self.seed}")
         if self.steps % self.steps_per_chunk:
             raise ValueError(
                 f"steps must be a multiple of steps_per_chunk, got {self.steps} and "
@@ -88,13 +88,20 @@ class Run(NamedTuple):
     workdir: Path
 
 
+_DEFAULTS = ", ".join(
+    f"{field.name}={field.default}"
+    for field in dataclasses.fields(Config)
+    if field.default is not dataclasses.MISSING
+)
 USAGE = f"""\
 usage: python -m experiments.train --config=FILE[:VARIANT] [--config.FIELD=VALUE ...]
            [--workdir=DIR]
 
-DIR is runs/<name of the file>/<norm> unless given. The fields:
+DIR is runs/<name of the file>/<norm> unless given.
 
-{inspect.cleandoc(Config.__doc__ or "")}"""
+{inspect.cleandoc(Config.__doc__ or "")}
+
+Where the file says nothing else: {_DEFAULTS}"""
 
 _Choice = TypeVar("_Choice", bound=enum.Enum)
 
@@ -126,7 +133,7 @@ def parse(arguments: Sequence[str]) -> Run:
     try:
         leftover = values(argv)[1:]
         config = _validated(values.config)
-    except (flags.Error, TypeError, ValueError, AttributeError, OSError) as error:
+    except (flags.Error, TypeError, ValueError, AttributeError, OSError, SyntaxError) as error:
         raise ConfigError(_explain(error)) from error
     if leftover:
         raise ConfigError(f"leftover arguments {leftover}: fields are set by --config.FIELD=VALUE")

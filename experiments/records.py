@@ -39,7 +39,10 @@ def create(workdir: Path, config: Config) -> None:
         raise RecordError(f"{workdir} is not a directory; choose another --workdir")
     if workdir.is_dir() and any(workdir.iterdir()):
         _check_same(workdir, read_about(workdir), about)
-    workdir.mkdir(parents=True, exist_ok=True)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RecordError(f"{workdir} cannot be made: {error}") from error
     (workdir / "run.json").write_text(json.dumps(about, indent=2) + "\n")
     (workdir / "metrics.jsonl").write_text("")
 
@@ -106,6 +109,8 @@ def read_about(workdir: Path) -> dict[str, Any]:
         raise RecordError(f"{workdir} holds no run (it has no run.json)") from None
     except json.JSONDecodeError as error:
         raise RecordError(f"{workdir / 'run.json'} cannot be read: {error}") from error
+    if "config" not in about:
+        raise RecordError(f"{workdir / 'run.json'} has no config; it is no run of this program")
     return about
 
 

@@ -32,8 +32,8 @@ class History(NamedTuple):
     seconds_per_step: np.ndarray
 
 
-def read(workdir: Path) -> History:
-    """The history of one run directory.
+def read(workdir: Path, name: str) -> History:
+    """The history of one run directory, to be shown as `name`.
 
     Raises:
       RecordError: if it holds no run, or no metrics yet.
@@ -44,13 +44,19 @@ def read(workdir: Path) -> History:
         return np.array([line[name] for line in lines])
 
     return History(
-        name=workdir.name,
+        name=name,
         norm=config["norm"],
         step=column("step"),
         loss=column("loss"),
         test_error=column("test_error"),
         seconds_per_step=column("seconds_per_step"),
     )
+
+
+def short_names(runs: Sequence[Path]) -> list[str]:
+    """The names of directories, or where two are the same, their paths."""
+    names = [run.resolve().name for run in runs]
+    return names if len(set(names)) == len(names) else list(map(str, runs))
 
 
 def table(histories: Sequence[History]) -> str:
@@ -106,9 +112,11 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run directory")
     parser.add_argument("--out", type=Path, default=Path("runs/report.png"), help="the picture")
     options = parser.parse_args(arguments)
+    if options.out.suffix != ".png":
+        parser.error(f"--out must be a file that ends in .png, got {options.out}")
     plt.switch_backend("agg")
     try:
-        histories = [read(run) for run in options.runs]
+        histories = list(map(read, options.runs, short_names(options.runs)))
     except records.RecordError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

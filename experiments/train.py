@@ -151,7 +151,7 @@ def describe(metrics: Metrics) -> str:
 
 def main(arguments: Sequence[str]) -> int:
     """Runs the command line and returns its exit status."""
-    if "--help" in arguments:
+    if {"-h", "--help"} & set(arguments):
         print(USAGE)
         return 0
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")

@@ -1,5 +1,7 @@
 """The forms of the `axes` argument, and what is said when one does not fit."""
 
+import re
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -80,6 +82,11 @@ def test_first_match_wins():
     assert gain_shapes(toys.mlp_params(), axes) == {"second/kernel": (1, 16)}
 
 
+def test_a_none_for_all_the_rest_may_have_no_rest():
+    axes = {".*/kernel": -1, ".*/bias": None, ".*": None}
+    assert len(gain_shapes(toys.mlp_params(), axes)) == 2
+
+
 @pytest.mark.parametrize("tree", toys.TREES)
 def test_tree_of_neurons(tree):
     params = toys.TREES[tree]()
@@ -120,7 +127,7 @@ def test_a_single_array_is_a_tree():
         ),
         ({"kernel": -1}, ValueError, r"'kernel' matches no leaf \(it must match the whole"),
         ({"(": -1}, ValueError, r"'\(' is not a regular expression: missing \)"),
-        ({3: -1}, ValueError, "3 is not a regular expression"),
+        ({3: -1}, ValueError, "3 is not a regular expression: give it as a string"),
         (
             {"dense/kernel": 2},
             ValueError,
@@ -138,6 +145,13 @@ def test_a_single_array_is_a_tree():
         ),
         ({"dense/.*": -1}, ValueError, r"^dense/bias of shape \(4,\).*no fan-in axis"),
         ({"dense/kernel": (1, -1)}, ValueError, "dense/kernel.*name an axis twice"),
+        (
+            {".*": None, "dense/kernel": -1},
+            ValueError,
+            "the pattern 'dense/kernel' never applies, since the first match wins.*before them",
+        ),
+        ({"dense/kernel": True}, TypeError, "dense/kernel.*an int or a tuple of ints, got True"),
+        ({re.compile("dense/k"): -1, re.compile("b"): 0}, ValueError, "give it as a string"),
         ({"dense/kernel": 1.0}, TypeError, "dense/kernel.*an int or a tuple of ints, got 1.0"),
         ({"dense/kernel": "1"}, TypeError, "dense/kernel.*tuple of ints, got '1'"),
         ({"ids": ()}, TypeError, "^ids has dtype int32; only floating-point.*None for its path"),

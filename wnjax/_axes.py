@@ -83,7 +83,7 @@ def decide(params: chex.ArrayTree, axes: Axes = None) -> list[tuple[str, Any, De
     paths = [path for path, _ in leaves]
     if axes is None:
         decisions = [by_flax_names(path, leaf) for path, leaf in leaves]
-    elif any(isinstance(unbox(leaf), Decision) for _, leaf in flatten(axes)[0]):
+    elif _holds_decisions(axes):
         decisions = _by_tree(axes, paths)  # before callables: an Equinox module is both
     elif callable(axes):
         decisions = [_by_callable(axes, path, leaf) for path, leaf in leaves]
@@ -97,13 +97,20 @@ def decide(params: chex.ArrayTree, axes: Axes = None) -> list[tuple[str, Any, De
     return [(*leaf, decision) for leaf, decision in zip(leaves, decisions, strict=True)]
 
 
+def _holds_decisions(axes: Any) -> bool:
+    children = axes.values() if isinstance(axes, Mapping) else [axes]  # keys need not sort
+    return any(
+        isinstance(unbox(leaf), Decision) for child in children for _, leaf in flatten(child)[0]
+    )
+
+
 def by_flax_names(path: str, leaf: Any) -> Decision:
     """Flax's naming rules: what a leaf is, judged by its path and rank alone.
 
     Leaves named `kernel` with two or more axes are weights, and their last axis is the
     feature axis. Under modules named `query`, `key` or `value`, a kernel with three axes
     has two feature axes, head and head dimension. No rule can tell a scanned Dense from
-    a 1-D convolution.
+    a 1-D convolution, or see that a `ConvTranspose` has `transpose_kernel=True`.
     """
     *modules, name = path.split("/")
     rank = getattr(leaf, "ndim", 0)
@@ -124,28 +131,39 @@ def _by_callable(axes: Callable[[str, Any], Any], path: str, leaf: Any) -> Decis
 
 def _by_patterns(axes: Mapping[str, Any], paths: list[str]) -> list[Decision]:
     patterns = {pattern: _compile(pattern) for pattern in axes}
-    for pattern, regex in patterns.items():
-        if not any(map(regex.fullmatch, paths)):
+    matches = {
+        path: [pattern for pattern, regex in patterns.items() if regex.fullmatch(path)]
+        for path in paths
+    }
+    for pattern in patterns:
+        if not any(pattern in matching for matching in matches.values()):
             raise ValueError(
                 f"axes: the pattern {pattern!r} matches no leaf (it must match the whole slash "
                 f"path). Near paths:{listing(_nearest(pattern, paths))}"
             )
+        is_first = any(matching[:1] == [pattern] for matching in matches.values())
+        if not is_first and axes[pattern] is not None:
+            raise ValueError(
+                f"axes: the pattern {pattern!r} never applies, since the first match wins and "
+                "patterns before it match all its leaves. Put it before them"
+            )
+    return [_by_pattern(axes, matches[path]) for path in paths]
 
-    def by_first_match(path: str) -> Decision:
-        for pattern, regex in patterns.items():
-            if regex.fullmatch(path):
-                if axes[pattern] is None:
-                    return NotNeuron(f"the pattern {pattern!r} says None")
-                return Neuron(axes[pattern])
+
+def _by_pattern(axes: Mapping[str, Any], matching: list[str]) -> Decision:
+    if not matching:
         return NotNeuron("no pattern matches")
-
-    return [by_first_match(path) for path in paths]
+    if axes[matching[0]] is None:
+        return NotNeuron(f"the pattern {matching[0]!r} says None")
+    return Neuron(axes[matching[0]])
 
 
 def _compile(pattern: Any) -> re.Pattern[str]:
+    if not isinstance(pattern, str):
+        raise ValueError(f"axes: {pattern!r} is not a regular expression: give it as a string")
     try:
         return re.compile(pattern)
-    except (re.error, TypeError) as error:
+    except re.error as error:
         raise ValueError(f"axes: {pattern!r} is not a regular expression: {error}") from error
 
 
@@ -175,7 +193,7 @@ def canonical_axes(path: str, leaf: Any, feature_axes: Any) -> tuple[int, ...]:
     """
     where = f"{path or 'the leaf'} of shape {leaf.shape}"
     try:
-        axes = [operator.index(axis) for axis in _as_tuple(feature_axes)]
+        axes = [_as_int(axis) for axis in _as_tuple(feature_axes)]
     except TypeError:
         raise TypeError(
             f"{where}: feature axes must be an int or a tuple of ints, got {feature_axes!r}"
@@ -196,3 +214,9 @@ def canonical_axes(path: str, leaf: Any, feature_axes: Any) -> tuple[int, ...]:
 
 def _as_tuple(feature_axes: Any) -> tuple[Any, ...]:
     return tuple(feature_axes) if isinstance(feature_axes, tuple | list) else (feature_axes,)
+
+
+def _as_int(axis: Any) -> int:
+    if isinstance(axis, bool):
+        raise TypeError("a bool is no axis")
+    return operator.index(axis)

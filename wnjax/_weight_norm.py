@@ -27,10 +27,11 @@ def weight_norm(
 ) -> chex.ArrayTree:
     """Replaces every neuron weight of `params` by a node with g = ‖w‖ and v = w.
 
-    The function computed is unchanged: `fold(weight_norm(params))` returns the weights,
-    bit for bit outside `jit` in float32 and float64, and to 2 ulp inside it, where XLA
-    may take another path to the same norm. In bfloat16 and float16 they return exactly
-    in both, since norms are taken and gains are kept in float32.
+    The function computed is unchanged: `fold(weight_norm(params))` returns the weights.
+    In float32 and float64 it does so bit for bit outside `jit`, and to 2 ulp inside it,
+    where XLA may take another path to the same norm; in bfloat16 and float16 bit for bit
+    in both, since norms are taken and gains are kept in float32. (With `log_scale`, and for
+    the extreme neurons below, to a few ulp.)
 
         w = g·v/‖v‖,   ∇g = ∇w·v/‖v‖,   ∇v = (g/‖v‖)∇w − (g∇g/‖v‖²)v
 
@@ -45,13 +46,15 @@ def weight_norm(
       params: any pytree of arrays: dict, FrozenDict, `nnx.State`, Equinox module, with
         or without Flax boxes. Containers, boxes and all other leaves are kept. A box that
         names axes (`nn.Partitioned`, NNX `out_sharding`) is put around g and around v,
-        with None for the names of the fan-in axes around g.
+        with None for the names of the fan-in axes around g; NNX's filters then see no
+        `Param` there, so filter before.
       axes: which leaves are weights, and their feature axes (all axes but those that
         the layer sums over). One of
 
         * None: Flax's naming rules: leaves named `kernel` with two or more axes, the last
           of them the feature axis; the last two in a three-axis kernel under `query`,
-          `key` or `value`. No rule of this kind can know a scanned or an einsum layer.
+          `key` or `value`. No rule of this kind can know layers under `nn.scan` or `nn.vmap`,
+          einsum layers, or `ConvTranspose(transpose_kernel=True)`: give their axes.
         * a dict from regular expressions, matched against the whole slash path, to feature
           axes, or to None for a leaf to be kept; the first match wins.
         * a callable `(path, leaf) -> feature axes or None`.
@@ -62,12 +65,15 @@ def weight_norm(
 
     Returns:
       `params` with a node in the place of every weight. g has v's rank, size 1 on the
-      fan-in axes, and is float32 or wider; v has the weight's shape and dtype.
+      fan-in axes, and is float32 or wider; v has the weight's shape and dtype. Where nothing
+      had to be changed, v and other leaves are the very arrays of `params`: donating one
+      to `jit` uses up the other.
 
     Raises:
-      ValueError: if a pattern matches no leaf, if nothing is normalized at all, if axes do
-        not fit a leaf, if `params` already has nodes, or if `log_scale` meets neurons of
-        zeros, which it cannot express (outside `jit`; inside it they get log_g = -inf).
+      ValueError: if a pattern matches no leaf or never applies, if nothing is normalized at
+        all, if axes do not fit a leaf, if `params` already has nodes, or if `log_scale` meets
+        neurons of zeros, which it cannot express. (Inside `jit` and other transformations
+        values are not known; they get the smallest gain of their dtype and hardly train.)
       TypeError: if a leaf to be normalized is not a floating-point array.
 
     >>> import jax.numpy as jnp
@@ -76,13 +82,13 @@ def weight_norm(
     >>> normalized = wnjax.weight_norm(params)
     >>> normalized["dense"]["kernel"].g
     Array([[5.]], dtype=float32)
-    >>> whole = wnjax.weight_norm(params, axes={".*/kernel": 1, ".*/bias": None})
-    >>> wnjax.fold(whole)["dense"]["kernel"]
+    >>> by_pattern = wnjax.weight_norm(params, axes={".*/kernel": 1, ".*/bias": None})
+    >>> wnjax.fold(by_pattern)["dense"]["kernel"]
     Array([[3.],
            [4.]], dtype=float32)
     """
     boxes, treedef = flatten(params)
-    if normalized := [path for path, leaf in boxes if unbox_node(leaf)]:
+    if normalized := [path for path, leaf in boxes if unbox_node(leaf) is not None]:
         raise ValueError(
             f"these leaves are weight-norm nodes already; fold(params) first:{listing(normalized)}"
         )
@@ -105,8 +111,12 @@ def fold(tree: chex.ArrayTree) -> chex.ArrayTree:
     under- or overflows (in float32: ‖v‖ below 3.2e-16 or above 1.8e19), w and all its
     derivatives are 0, never NaN.
 
+    Inside `shard_map`, keep the fan-in axes whole: the norm of a shard is not the norm.
+    Under `jit` with sharded arrays every axis may be sharded.
+
     Args:
-      tree: any pytree, with or without nodes; what is no node is returned as it is.
+      tree: any pytree, with or without nodes; what is no node is returned as it is. That
+        includes the dicts `{"g": ..., "v": ...}` of a checkpoint restored without a target.
 
     Returns:
       `tree` with a weight of v's shape, dtype and box in the place of every node.
@@ -138,11 +148,13 @@ def _fold_leaf(path: str, leaf: Any) -> Any:
 def _normalize(path: str, box: Any, leaf: Any, feature_axes: Any, log_scale: bool) -> Any:
     _check_floating(path, leaf)
     features = canonical_axes(path, leaf, feature_axes)
-    g, v = split(path, leaf, features)
+    # A copy of a numpy array, which its owner may write to.
+    g, v = split(path, leaf if isinstance(leaf, jax.Array) else jnp.array(leaf), features)
     if not log_scale:
         return box_node(box, WeightNorm(g, v), features)
     _check_no_zeros(path, g)
-    return box_node(box, LogWeightNorm(jnp.log(g), v), features)
+    log_g = jnp.log(jnp.maximum(g, jnp.finfo(g.dtype).tiny))  # weight decay makes NaN of -inf
+    return box_node(box, LogWeightNorm(log_g, v), features)
 
 
 def _check_floating(path: str, leaf: Any) -> None:

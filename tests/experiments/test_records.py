@@ -59,6 +59,8 @@ def test_other_directories_and_files_are_refused(tmp_path):
         records.create(tmp_path, CONFIG)
     with pytest.raises(records.RecordError, match="is not a directory; choose another"):
         records.create(tmp_path / "notes.txt", CONFIG)
+    with pytest.raises(records.RecordError, match=r"cannot be made: .*Not a directory"):
+        records.create(tmp_path / "notes.txt" / "run", CONFIG)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
@@ -67,6 +69,7 @@ def test_other_directories_and_files_are_refused(tmp_path):
     [
         ("run.json", None, "holds no run"),
         ("run.json", "{", "run.json cannot be read: "),
+        ("run.json", "{}", "run.json has no config"),
         ("metrics.jsonl", None, "metrics.jsonl cannot be read: "),
         ("metrics.jsonl", "{", "metrics.jsonl cannot be read: "),
         ("metrics.jsonl", "", "has no metrics yet"),

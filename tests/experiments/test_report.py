@@ -23,7 +23,7 @@ def runs(tmp_path):
 
 
 def test_table(runs):
-    lines = report.table([report.read(run) for run in runs]).splitlines()
+    lines = report.table([report.read(run, run.name) for run in runs]).splitlines()
     header, plain, weight_norm = (" ".join(lines[i].split()) for i in (0, 2, 3))
     assert header == "run steps test error % steps to 5% ms a step of plain"
     # Errors of 5 and 3 %: mean 4, std √2. The goal is reached at step 40 and at step 20.
@@ -32,7 +32,7 @@ def test_table(runs):
 
 
 def test_table_without_a_plain_run(runs):
-    line = report.table([report.read(runs[1])]).splitlines()[-1]
+    line = report.table([report.read(runs[1], "slow")]).splitlines()[-1]
     assert line.split()[-1] == "-"
 
 
@@ -48,3 +48,15 @@ def test_picture_and_where_it_is(runs, tmp_path, capsys):
 def test_a_directory_without_a_run(tmp_path, capsys):
     assert report.main([str(tmp_path)]) == 2
     assert capsys.readouterr().err == f"error: {tmp_path} holds no run (it has no run.json)\n"
+
+
+def test_names_are_as_short_as_they_can_be():
+    a, b, other = (report.Path(path) for path in ("a/plain", "b/plain/", "b/other"))
+    assert report.short_names([a, other]) == ["plain", "other"]
+    assert report.short_names([a, b]) == ["a/plain", "b/plain"]
+
+
+def test_a_picture_of_another_kind_is_refused(runs, capsys):
+    with pytest.raises(SystemExit):
+        report.main([str(runs[0]), "--out=curves.svg"])
+    assert "--out must be a file that ends in .png, got curves.svg" in capsys.readouterr().err
