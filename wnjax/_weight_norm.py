@@ -30,8 +30,8 @@ def weight_norm(
     The function computed is unchanged: `fold(weight_norm(params))` returns the weights.
     In float32 and float64 it does so bit for bit outside `jit`, and to 2 ulp inside it,
     where XLA may take another path to the same norm; in bfloat16 and float16 bit for bit
-    in both, since norms are taken and gains are kept in float32. (With `log_scale`, and for
-    the extreme neurons below, to a few ulp.)
+    in both, since norms are taken and gains are kept in float32. (Measured on a CPU. With
+    `log_scale`, and for the extreme neurons below, to a few ulp.)
 
         w = g·v/‖v‖,   ∇g = ∇w·v/‖v‖,   ∇v = (g/‖v‖)∇w − (g∇g/‖v‖²)v
 
