@@ -56,8 +56,10 @@ class Config:
         """Checks the values, also after the command line has changed them."""
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            kind = (int, float) if field.type is float else field.type
-            if isinstance(field.type, type) and not isinstance(value, kind):  # type: ignore[arg-type]
+            if not isinstance(field.type, type):
+                continue  # a generic type, whose values are checked below
+            kinds = (int, float) if field.type is float else (field.type,)
+            if not isinstance(value, kinds):
                 raise TypeError(
                     f"{field.name} must be of type {field.type.__name__}, got {value!r}"
                 )

@@ -43,11 +43,11 @@ def test_defaults_and_overrides():
             "--config.steps",
             "40",
             "--config.unroll=false",
-            "--workdir=/tmp/here",
+            "--workdir=some/where",
         ]
     )
     assert (config.norm, config.widths, config.learning_rate) == (Norm.BATCH_NORM, (4, 8), 1.0)
-    assert (config.steps, config.unroll, workdir) == (40, False, Path("/tmp/here"))
+    assert (config.steps, config.unroll, workdir) == (40, False, Path("some/where"))
 
 
 @pytest.mark.parametrize(
