@@ -99,6 +99,12 @@ class Trainer:
         return state, {"loss": losses.mean(), "test_error": self.error(state, data.test)}
 
 
+def compile_chunk(trainer: Trainer, states: State, data: Data) -> jax.stages.Compiled:
+    """`Trainer.chunk` over all seeds, compiled before any step is timed. It uses its states up."""
+    chunk = jax.jit(jax.vmap(trainer.chunk, in_axes=(0, None)), donate_argnums=0)
+    return chunk.lower(states, data).compile()
+
+
 def train(config: Config, workdir: Path) -> Metrics:
     """Trains all seeds, writes a record after every chunk, and returns the last metrics.
 
@@ -119,8 +125,7 @@ def train(config: Config, workdir: Path) -> Metrics:
         one = jax.tree.map(lambda x: x[0], states.params)
         log.info("the first of %d networks:\n%s", config.seeds, wnjax.summary(one))
     log.info("compiling")
-    chunk = jax.jit(jax.vmap(trainer.chunk, in_axes=(0, None)), donate_argnums=0)
-    compiled = chunk.lower(states, data).compile()  # so that no step is timed with it
+    chunk = compile_chunk(trainer, states, data)
 
     metrics: Metrics = {}
     steps = range(config.steps_per_chunk, config.steps + 1, config.steps_per_chunk)
@@ -128,7 +133,7 @@ def train(config: Config, workdir: Path) -> Metrics:
     start = time.perf_counter()
     for step in bar:
         began = time.perf_counter()
-        states, on_device = compiled(states, data)
+        states, on_device = chunk(states, data)
         metrics = jax.device_get(on_device)
         seconds = time.perf_counter() - began
         times = {

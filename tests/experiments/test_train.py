@@ -13,7 +13,7 @@ import wnjax
 from experiments import records
 from experiments.config import Config, Norm, parse
 from experiments.data import Split, batch_indices, digits
-from experiments.train import Trainer, main
+from experiments.train import Trainer, compile_chunk, main
 from tests.experiments.test_config import CASES
 
 SMALL = Config(norm=Norm.PLAIN, widths=(4, 8), steps=4, steps_per_chunk=2, batch_size=8, seeds=2)
@@ -70,6 +70,14 @@ def test_seeds_side_by_side_equal_runs_of_their_own(unroll):
         both.params,
         second.params,
     )
+
+
+def test_a_chunk_uses_its_states_up():
+    trainer, data = Trainer(dataclasses.replace(SMALL, norm=Norm.WEIGHT_NORM)), digits()
+    states = jax.tree.map(lambda x: x[None], begin(trainer, jax.random.key(0), data))
+    after, _ = compile_chunk(trainer, states, data)(states, data)
+    assert all(x.is_deleted() for x in jax.tree.leaves((states.params, states.optimizer)))
+    assert not any(x.is_deleted() for x in jax.tree.leaves((after, data)))
 
 
 def test_weight_norm_starts_at_the_plain_network_and_trains_g():

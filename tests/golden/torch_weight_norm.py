@@ -16,8 +16,8 @@ CASES = ("linear", "linear_whole", "linear_adam", "conv1d", "conv2d")
 
 def run(case):
     """Trains the layer of `case` with PyTorch and returns the record, a dict of arrays."""
-    import torch  # noqa: PLC0415 - only here, so that the recorded arrays do without
-    from torch.nn.utils.parametrizations import weight_norm  # noqa: PLC0415
+    import torch
+    from torch.nn.utils.parametrizations import weight_norm
 
     torch.manual_seed(0)
     shapes = {"linear": (6, 5), "conv1d": (6, 3, 8), "conv2d": (6, 3, 7, 7)}
