@@ -33,6 +33,16 @@ def test_layer_keeps_its_weights_and_outputs(name, dtype):
     assert toys.ulps(inside_jit, params) <= (2 if dtype == jnp.float32 else 0)
 
 
+@pytest.mark.parametrize("name", ["dense", "conv2d"])
+def test_float64_weights_are_kept(name, x64):
+    params = toys.linen(name, jnp.float64)[1]
+    normalized = wnjax.weight_norm(params)
+    assert (normalized["kernel"].g.dtype, normalized["kernel"].v.dtype) == (jnp.float64,) * 2
+    jax.tree.map(np.testing.assert_array_equal, wnjax.fold(normalized), params)
+    inside_jit = jax.jit(lambda params: wnjax.fold(wnjax.weight_norm(params)))(params)
+    assert toys.ulps(inside_jit, params) <= 2
+
+
 @pytest.mark.parametrize(
     ("module", "x_shape", "axes", "g_shape"),
     [

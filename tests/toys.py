@@ -46,7 +46,7 @@ def linen(name, dtype=jnp.float32):
     """A function of (params, x), its params and an input, for a name in `LAYERS`."""
     module, shape, _ = LAYERS[name]
     module = module.clone()
-    x = jax.random.normal(jax.random.key(1), shape)
+    x = jax.random.normal(jax.random.key(1), shape, jnp.float32)
     params = module.init(jax.random.key(0), x)["params"]
     params, x = jax.tree.map(lambda a: a.astype(dtype), (params, x))
     return lambda params, x: module.apply({"params": params}, x), params, x
