@@ -5,6 +5,7 @@ from wnjax._axes import NotNeuron as NotNeuron
 from wnjax._inspect import labels as labels
 from wnjax._inspect import norms as norms
 from wnjax._inspect import summary as summary
+from wnjax._neurons import neurons as neurons
 from wnjax._nodes import LogWeightNorm as LogWeightNorm
 from wnjax._nodes import WeightNorm as WeightNorm
 from wnjax._weight_norm import fold as fold

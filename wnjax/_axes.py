@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 import operator
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import chex
@@ -35,6 +35,7 @@ class Neuron:
         from the end. The layer sums over all the others, the fan-in axes. `()` makes
         the whole leaf one neuron.
       bias: the slash path of the bias added to these neurons' sums, if known.
+      operation: the primitive that sums over the fan-in axes, if known.
 
     >>> import jax.numpy as jnp
     >>> import wnjax
@@ -46,6 +47,7 @@ class Neuron:
 
     feature_axes: FeatureAxes
     bias: str | None = None
+    operation: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +56,9 @@ class NotNeuron:
 
     Attributes:
       reason: why, in one line.
+      shape: the leaf's, if known.
+      lines: where the user's code does what the reason says: file, line and function.
+      override: the argument of `neurons` that makes it a neuron's weight all the same.
 
     >>> import wnjax
     >>> print(wnjax.summary({"b": wnjax.NotNeuron("bias")}))
@@ -63,6 +68,15 @@ class NotNeuron:
     """
 
     reason: str
+    shape: tuple[int, ...] | None = None
+    lines: tuple[str, ...] = ()
+    override: str | None = None
+
+    def describe(self) -> str:
+        """All of it in one line."""
+        shape = f"shape {self.shape}" if self.shape is not None else ""
+        lines = f"at {' and '.join(self.lines)}" if self.lines else ""
+        return "; ".join(filter(None, (self.reason, shape, lines, self.override)))
 
 
 Decision = Neuron | NotNeuron
@@ -88,7 +102,8 @@ def decide(params: chex.ArrayTree, axes: Axes = None) -> list[tuple[str, Any, De
     elif callable(axes):
         decisions = [_by_callable(axes, path, leaf) for path, leaf in leaves]
     elif isinstance(axes, Mapping):
-        decisions = _by_patterns(axes, paths)
+        chosen = by_patterns(axes, paths, "axes")
+        decisions = [decision or NotNeuron("no pattern matches") for decision in chosen]
     else:
         raise TypeError(
             "axes must be None, a dict from regular expressions to feature axes, a callable "
@@ -129,42 +144,51 @@ def _by_callable(axes: Callable[[str, Any], Any], path: str, leaf: Any) -> Decis
     return Neuron(feature_axes)
 
 
-def _by_patterns(axes: Mapping[str, Any], paths: list[str]) -> list[Decision]:
-    patterns = {pattern: _compile(pattern) for pattern in axes}
+def by_patterns(
+    patterns: Mapping[str, Any], paths: Sequence[str], argument: str
+) -> list[Decision | None]:
+    """What the first pattern that matches a path says of it; None where none does.
+
+    Raises:
+      ValueError: if a pattern matches no path, never applies or is no regular expression.
+    """
+    compiled = {pattern: _compile(pattern, argument) for pattern in patterns}
     matches = {
-        path: [pattern for pattern, regex in patterns.items() if regex.fullmatch(path)]
+        path: [pattern for pattern, regex in compiled.items() if regex.fullmatch(path)]
         for path in paths
     }
-    for pattern in patterns:
+    for pattern in compiled:
         if not any(pattern in matching for matching in matches.values()):
             raise ValueError(
-                f"axes: the pattern {pattern!r} matches no leaf (it must match the whole slash "
-                f"path). Near paths:{listing(_nearest(pattern, paths))}"
+                f"{argument}: the pattern {pattern!r} matches no leaf (it must match the whole "
+                f"slash path). Near paths:{listing(_nearest(pattern, paths))}"
             )
         is_first = any(matching[:1] == [pattern] for matching in matches.values())
-        if not is_first and axes[pattern] is not None:
+        if not is_first and patterns[pattern] is not None:
             raise ValueError(
-                f"axes: the pattern {pattern!r} never applies, since the first match wins and "
-                "patterns before it match all its leaves. Put it before them"
+                f"{argument}: the pattern {pattern!r} never applies, since the first match wins "
+                "and patterns before it match all its leaves. Put it before them"
             )
-    return [_by_pattern(axes, matches[path]) for path in paths]
+    return [_by_pattern(patterns, matches[path]) for path in paths]
 
 
-def _by_pattern(axes: Mapping[str, Any], matching: list[str]) -> Decision:
+def _by_pattern(patterns: Mapping[str, Any], matching: list[str]) -> Decision | None:
     if not matching:
-        return NotNeuron("no pattern matches")
-    if axes[matching[0]] is None:
+        return None
+    if patterns[matching[0]] is None:
         return NotNeuron(f"the pattern {matching[0]!r} says None")
-    return Neuron(axes[matching[0]])
+    return Neuron(patterns[matching[0]])
 
 
-def _compile(pattern: Any) -> re.Pattern[str]:
+def _compile(pattern: Any, argument: str) -> re.Pattern[str]:
     if not isinstance(pattern, str):
-        raise ValueError(f"axes: {pattern!r} is not a regular expression: give it as a string")
+        raise ValueError(
+            f"{argument}: {pattern!r} is not a regular expression: give it as a string"
+        )
     try:
         return re.compile(pattern)
     except re.error as error:
-        raise ValueError(f"axes: {pattern!r} is not a regular expression: {error}") from error
+        raise ValueError(f"{argument}: {pattern!r} is not a regular expression: {error}") from error
 
 
 def _nearest(pattern: str, paths: Iterable[str]) -> list[str]:

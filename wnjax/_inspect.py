@@ -79,9 +79,10 @@ def _decision_table(leaves: list[tuple[str, Decision]]) -> str:
     for path, decision in leaves:
         if isinstance(decision, Neuron):
             bias = f", bias {decision.bias}" if decision.bias else ""
-            rows.append((path, f"feature axes {decision.feature_axes}{bias}"))
+            operation = f", by {decision.operation}" if decision.operation else ""
+            rows.append((path, f"feature axes {decision.feature_axes}{bias}{operation}"))
         else:
-            rows.append((path, f"no: {decision.reason}"))
+            rows.append((path, f"no: {decision.describe()}"))
     neurons = sum(isinstance(decision, Neuron) for _, decision in leaves)
     return f"{_columns(rows)}\n{neurons} of {len(leaves)} leaves are weights of neurons"
 

@@ -1,0 +1,263 @@
+"""`neurons`: what every leaf of the parameters is, read off the computation."""
+
+from __future__ import annotations
+
+import collections
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+from jax.extend import core
+
+from wnjax._axes import Decision, FeatureAxes, Neuron, NotNeuron, by_patterns, canonical_axes
+from wnjax._leaves import flatten, listing, rebox, unbox, unbox_node
+from wnjax._walk.trace import Traced, is_array, trace
+from wnjax._walk.tracks import ACTIVATION, Info, Note, Site, Use
+from wnjax._walk.walker import Walk, captured_info, leaf_info
+from wnjax._weight_norm import fold
+
+# Of several things that happen to a leaf, the one that says best what it is.
+_TELLING = ("lookup table", "bias", "product of two parameters", "scale", "added")
+
+
+def neurons(
+    fn: Callable[..., Any],
+    params: chex.ArrayTree,
+    *args: Any,
+    overrides: Mapping[str, FeatureAxes | None] | None = None,
+    strict: bool = False,
+    **kwargs: Any,
+) -> chex.ArrayTree:
+    """Finds out what every leaf of `params` is, by tracing `fn(params, *args, **kwargs)`.
+
+    A weight of neurons is what a matrix product or a convolution sums over some axes of;
+    these are its fan-in axes, all others its feature axes. They are read off the
+    computation, through reshapes, transposes, casts, scans and the like, so that they are
+    right for any layer: attention heads, scanned and vmapped stacks, experts, einsum,
+    transposed convolutions, tied embeddings. What is not understood is not guessed, but
+    reported. Nothing is computed: tracing needs shapes and dtypes alone.
+
+    Args:
+      fn: the forward function, of plain weights, such as
+        `lambda params, x: model.apply({"params": params}, x)`. Not a gradient or train step.
+      params: any pytree of arrays, or of their `jax.ShapeDtypeStruct`s, with or without
+        Flax boxes; with nodes, `fn` gets their weights.
+      *args: further arguments of `fn`: arrays or `jax.ShapeDtypeStruct`s, with a batch
+        of two or more where there is one. Anything else, such as `train=True`, is static.
+      overrides: from regular expressions, matched against the whole slash path, to feature
+        axes, or to None for "not this one"; the first match wins, over what was traced.
+      strict: whether to refuse a tree in which a leaf with two or more axes is `NotNeuron`
+        and no override says so.
+      **kwargs: further keyword arguments of `fn`.
+
+    Returns:
+      A tree shaped like `params` with a `Neuron` or a `NotNeuron` for every leaf, to be given
+      to `weight_norm(params, axes=...)` or printed by `summary`.
+
+    Raises:
+      ValueError: if `fn` returns gradients or new parameters, if it needs values of the
+        data, if it uses axis names that nothing binds, if an override matches no leaf or does
+        not fit it, or if `strict` and leaves were refused; the message lists all of them.
+
+    >>> import jax, jax.numpy as jnp, flax.linen as nn
+    >>> import wnjax
+    >>> model = nn.MultiHeadDotProductAttention(num_heads=2)
+    >>> x = jnp.ones((2, 3, 8))
+    >>> params = model.init(jax.random.key(0), x)["params"]
+    >>> axes = wnjax.neurons(lambda p, x: model.apply({"params": p}, x), params, x)
+    >>> axes["query"]["kernel"]  # (8, 2, 4): inputs, heads, features of a head
+    Neuron(feature_axes=(1, 2), bias='query/bias', operation='dot_general')
+    >>> axes["out"]["kernel"].feature_axes  # (2, 4, 8): heads, features of a head, outputs
+    (2,)
+    >>> axes["out"]["bias"].reason
+    'bias of out/kernel'
+    """
+    leaves, treedef = flatten(params)
+    paths = [path for path, _ in leaves]
+    plain = fold_abstractly(params)
+    traced = trace(fn, plain, *args, **kwargs)
+    arrays = [unbox(leaf) for _, leaf in flatten(plain)[0]]
+    walk = Walk([getattr(array, "shape", ()) for array in arrays])
+    walk.run(traced.jaxpr, input_infos(traced, arrays, plain))
+    _refuse_gradients(traced, plain)
+    decisions = _Verdicts(walk, paths, arrays).decisions()
+    decisions = _overridden(decisions, overrides, paths, arrays)
+    if strict:
+        _refuse_refusals(decisions, paths, arrays)
+    return treedef.unflatten(
+        rebox(_outer_box(box), decision)
+        for (_, box), decision in zip(leaves, decisions, strict=True)
+    )
+
+
+def _outer_box(leaf: Any) -> Any:
+    """The box in which a leaf is; that of v where a node has its boxes inside."""
+    return leaf.v if unbox(leaf) is leaf and unbox_node(leaf) is not None else leaf
+
+
+def fold_abstractly(params: chex.ArrayTree) -> chex.ArrayTree:
+    """`params` with shapes and dtypes alone in the place of nodes."""
+    if all(unbox_node(leaf) is None for _, leaf in flatten(params)[0]):
+        return params
+    return jax.eval_shape(fold, params)
+
+
+def input_infos(traced: Traced, arrays: Sequence[Any], plain: chex.ArrayTree) -> list[Info]:
+    """What is known of the inputs of a traced function, whose first argument is `plain`."""
+    infos = [*map(captured_info, traced.consts)]
+    owners = [i for i, (_, box) in enumerate(flatten(plain)[0]) for _ in jax.tree.leaves(box)]
+    for place, leaf in enumerate(traced.places):
+        if leaf is None:
+            continue
+        owner = owners[place] if place < len(owners) else None
+        known = owner is not None and is_array(arrays[owner])
+        infos.append(
+            leaf_info(owner, arrays[owner].shape)
+            if known and owner is not None
+            else Info(sources=ACTIVATION)
+        )
+    return infos
+
+
+class _Verdicts:
+    """What the walk's records mean for every leaf."""
+
+    def __init__(self, walk: Walk, paths: Sequence[str], arrays: Sequence[Any]):
+        self.paths, self.arrays = paths, arrays
+        self.uses: dict[int, list[Use]] = collections.defaultdict(list)
+        self.notes: dict[int, list[Note]] = collections.defaultdict(list)
+        for use in walk.uses:
+            if not use.site.is_backward:
+                self.uses[use.leaf].append(use)
+        for note in walk.notes:
+            self.notes[note.leaf].append(note)
+        self.biases: dict[int, set[int]] = collections.defaultdict(set)
+        self.weights: dict[int, set[int]] = collections.defaultdict(set)
+        for weight, bias in walk.biases:
+            self.biases[weight].add(bias)
+            self.weights[bias].add(weight)
+
+    def decisions(self) -> list[Decision]:
+        """One for every leaf."""
+        return [self._decide(leaf) for leaf in range(len(self.paths))]
+
+    def _decide(self, leaf: int) -> Decision:
+        uses, array = self.uses[leaf], self.arrays[leaf]
+        if not is_array(array):
+            return NotNeuron("not an array")
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            return self._refuse(leaf, f"not floating-point but {array.dtype}", [])
+        if not uses:
+            return self._without_uses(leaf)
+        if refused := [use for use in uses if use.refusal is not None]:
+            features = self._features(refused[0])
+            return self._refuse(leaf, str(refused[0].refusal), [refused[0].site], features)
+        roles: dict[tuple[int, ...], Use] = {}
+        for use in uses:
+            roles.setdefault(self._features(use), use)
+        if len(roles) > 1:
+            (a, first), (b, second), *_ = roles.items()
+            reason = f"used in two roles, with feature axes {a} and {b}"
+            return self._refuse(leaf, reason, [first.site, second.site], a)
+        bias = self._only_bias(leaf)
+        operations = dict.fromkeys(use.site.operation for use in uses)
+        return Neuron(next(iter(roles)), bias, ", ".join(operations))
+
+    def _features(self, use: Use) -> tuple[int, ...]:
+        return tuple(sorted(use.features - use.fan_in))
+
+    def _only_bias(self, leaf: int) -> str | None:
+        biases = [bias for bias in self.biases[leaf] if len(self.weights[bias]) == 1]
+        return self.paths[biases[0]] if len(self.biases[leaf]) == len(biases) == 1 else None
+
+    def _without_uses(self, leaf: int) -> NotNeuron:
+        notes = self.notes[leaf]
+        if not notes:
+            return self._refuse(leaf, "unused by the output", [])
+
+        def rank(note: Note) -> int:
+            hits = [i for i, kind in enumerate(_TELLING) if note.kind.startswith(kind)]
+            return hits[0] if hits else len(_TELLING)
+
+        note = min(notes, key=rank)
+        reason = note.kind
+        if reason == "bias":
+            weights = sorted(self.paths[weight] for weight in self.weights[leaf])
+            what = "bias of" if len(weights) == 1 else "added to the sums of"
+            reason = f"{what} {', '.join(weights)}"
+        return self._refuse(leaf, reason, [note.site])
+
+    def _refuse(
+        self, leaf: int, reason: str, sites: list[Site], features: tuple[int, ...] | None = None
+    ) -> NotNeuron:
+        shape = tuple(self.arrays[leaf].shape)
+        override = None
+        if len(shape) > 1:
+            axes = features if features and len(features) < len(shape) else "feature_axes"
+            override = f"overrides={{{re.escape(self.paths[leaf])!r}: {axes}}}"
+        lines = tuple(dict.fromkeys(site.line for site in sites))
+        return NotNeuron(reason, shape, lines, override)
+
+
+def _overridden(
+    decisions: Sequence[Decision],
+    overrides: Mapping[str, FeatureAxes | None] | None,
+    paths: Sequence[str],
+    arrays: Sequence[Any],
+) -> list[Decision]:
+    if not overrides:
+        return list(decisions)
+    result = []
+    chosen = by_patterns(overrides, paths, "overrides")
+    for path, array, traced, override in zip(paths, arrays, decisions, chosen, strict=True):
+        if override is None:
+            result.append(traced)
+        elif isinstance(override, Neuron):
+            features = canonical_axes(path, array, override.feature_axes)
+            known = traced if isinstance(traced, Neuron) else Neuron(features)
+            result.append(Neuron(features, known.bias, known.operation))
+        else:
+            result.append(override)
+    return result
+
+
+def _refuse_refusals(
+    decisions: Sequence[Decision], paths: Sequence[str], arrays: Sequence[Any]
+) -> None:
+    refused = [
+        f"{path}: {decision.describe()}"
+        for path, array, decision in zip(paths, arrays, decisions, strict=True)
+        if isinstance(decision, NotNeuron) and decision.override and len(array.shape) > 1
+    ]
+    if refused:
+        raise ValueError(
+            f"strict: {len(refused)} leaves with two or more axes are no weights of neurons. Give "
+            "their feature axes, or None to keep them plain, by overrides:"
+            + listing(refused, most=len(refused))
+        )
+
+
+def _refuse_gradients(traced: Traced, params: chex.ArrayTree) -> None:
+    """Refuses functions that differentiate, and return something shaped like `params`."""
+    structure: Any = jax.tree.structure(params)
+    if jax.tree_util.treedef_is_leaf(structure) or not _differentiates(traced.jaxpr):
+        return
+
+    def is_like_params(x: Any) -> bool:
+        return bool(jax.tree.structure(x) == structure)
+
+    output = traced.rebuild(traced.jaxpr.outvars)
+    if any(map(is_like_params, jax.tree.leaves(output, is_leaf=is_like_params))):
+        raise ValueError(
+            "fn returns gradients or new parameters: it is a gradient or a train step. Pass the "
+            'forward function instead, such as lambda params, x: model.apply({"params": params}, x)'
+        )
+
+
+def _differentiates(jaxpr: Any) -> bool:
+    return any("transpose(" in str(eqn.source_info.name_stack) for eqn in jaxpr.eqns) or any(
+        map(_differentiates, core.subjaxprs(jaxpr))
+    )

@@ -1,0 +1,216 @@
+"""Rules of the primitives that rearrange a value, or pick a part of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from wnjax._walk.layout import Axis, Layout, NoLayout, cut, pick, repeated, reshape, resize, tile
+from wnjax._walk.rules import Recorder, Rule, end, move, shapes, sources_of
+from wnjax._walk.tracks import ACTIVATION, Info, is_repeated
+
+
+def _neg(recorder: Recorder, eqn: Any, ins: Sequence[Info]) -> list[Info]:
+    return [Info(ins[0].tracks, (), ins[0].sources, ins[0].constant)]
+
+
+def _same(recorder: Recorder, eqn: Any, ins: Sequence[Info]) -> list[Info]:
+    return [Info(x.tracks, x.sums, x.sources, x.constant) for x in ins]
+
+
+def _transpose(recorder: Recorder, eqn: Any, ins: Sequence[Info]) -> list[Info]:
+    order = eqn.params["permutation"]
+    constant = frozenset(i for i, axis in enumerate(order) if axis in ins[0].constant)
+    return [move(recorder, eqn, ins[0], lambda x: tuple(x[i] for i in order), constant)]
+
+
+def _reshape(recorder: Recorder, eqn: Any, ins: Sequence[Info]) -> list[Info]:
+    order, sizes = eqn.params["dimensions"], eqn.params["new_sizes"]
+    info, ndim = ins[0], len(shapes(eqn)[0])
+    repeats = info.constant == frozenset(range(ndim))
+    constant = frozenset(range(len(sizes))) if repeats else frozenset()
+
+    def to(layout: Layout) -> Layout:
+        return reshape(tuple(layout[i] for i in order) if order else layout, sizes)
+
+    return [move(recorder, eqn, info, to, constant)]
+
+
+def _broadcast_in_dim(recorder: Recorder, eqn: Any, ins: Sequence[Info]) -> list[Info]:
+    shape, dims = eqn.params["shape"], eqn.params["broadcast_dimensions"]
+    before = shapes(eqn)[0]
+
+    def to(layout: Layout) -> Layout:
+        axes = [repeated(size) for size in shape]
+        for i, dim in enumerate(dims):
+            if before[i] == shape[dim]:
+                axes[dim] = layout[i]
+        return tuple(axes)
+
+    kept = {dim for i, dim in enumerate(dims) if before[i] == shape[dim] and before[i] != 1}
+    kept -= {dims[i] for i in ins[0].constant}
+    return [move(recorder, eqn, ins[0], to, frozenset(range(len(shape))) - kept)]
+
+
+def _squeeze(recorder: Recorder, eqn: Any, ins: Sequence[Info]) -> list[Info]:
+    kept = [i for i in range(len(shapes(eqn)[0])) if i not in eqn.params["dimensions"]]
+    constant = frozenset(new for new, old in enumerate(kept) if old in ins[0].constant)
+    return [move(recorder, eqn, ins[0], lambda x: tuple(x[i] for i in kept), constant)]
+
+
+def _rev(recorder: Recorder, eqn: Any, ins: Sequence[Info]) -> list[Info]:
+    def to(layout: Layout) -> Layout:
+        if not all(layout[i].is_whole for i in eqn.params["dimensions"]):
+            raise NoLayout
+        return layout
+
+    return [move(recorder, eqn, ins[0], to, ins[0].constant, is_intact=False)]
+
+
+def _slice(recorder: Recorder, eqn: Any, ins: Sequence[Info]) -> list[Info]:
+    starts, limits = eqn.params["start_indices"], eqn.params["limit_indices"]
+    strides = eqn.params["strides"] or [1] * len(starts)
+    return [move(recorder, eqn, ins[0], _cutter(starts, limits, strides), is_intact=False)]
+
+
+def _cutter(
+    starts: Sequence[int], limits: Sequence[int], strides: Sequence[int]
+) -> Callable[[Layout], Layout | None]:
+    def to(layout: Layout) -> Layout | None:
+        axes = [cut(*axis) for axis in zip(layout, starts, limits, strides, strict=True)]
+        return tuple(axis for axis in axes if axis) if all(axes) else None
+
+    return to
+
+
+def _split(recorder: Recorder, eqn: Any, ins: Sequence[Info]) -> list[Info]:
+    (shape,), axis, start, outs = shapes(eqn), eqn.params["axis"], 0, []
+    for size in eqn.params["sizes"]:
+        starts, limits = [0] * len(shape), list(shape)
+        starts[axis], limits[axis] = start, start + size
+        to = _cutter(starts, limits, [1] * len(shape))
+        outs.append(move(recorder, eqn, ins[0], to, is_intact=False))
+        start += size
+    return outs
+
+
+def _dynamic_slice(recorder: Recorder, eqn: Any, ins: Sequence[Info]) -> list[Info]:
+    sizes = eqn.params["slice_sizes"]
+    out = move(recorder, eqn, ins[0], lambda x: tuple(map(pick, x, sizes)), is_intact=False)
+    return [_looked_up(recorder, eqn, out, ins[1:])]
+
+
+def _looked_up(recorder: Recorder, eqn: Any, out: Info, indices: Sequence[Info]) -> Info:
+    """The outcome of indexing; if the indices are data, it is no plain part of the leaf."""
+    sources = out.sources | sources_of(indices)
+    if not sources_of(indices):
+        return Info(out.tracks, (), sources)
+    for track in out.tracks:
+        recorder.note(track.leaf, "lookup table", eqn)
+    return Info(tuple(t.moved(t.layout, is_indexed=True) for t in out.tracks), (), sources)
+
+
+def _gather(recorder: Recorder, eqn: Any, ins: Sequence[Info]) -> list[Info]:
+    numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
+    shape = tuple(eqn.outvars[0].aval.shape)
+    batching = tuple(numbers.operand_batching_dims)
+    dropped = {*numbers.collapsed_slice_dims, *batching}
+    batch = [i for i in range(len(shape)) if i not in numbers.offset_dims]
+
+    collapsed = tuple(numbers.collapsed_slice_dims)
+    # Positions that are known and picked from one axis: a permutation of it, or a part.
+    is_choice = not sources_of(ins[1:]) and len(collapsed) == len(batch) == 1
+
+    def to(layout: Layout) -> Layout:
+        axes = [repeated(size) for size in shape]
+        kept = [i for i in range(len(layout)) if i not in dropped]
+        if is_choice:
+            axes[batch[0]] = resize(layout[collapsed[0]], shape[batch[0]])
+        for i, dim in zip(kept, numbers.offset_dims, strict=True):
+            axes[dim] = pick(layout[i], sizes[i])
+        for i, dim in zip(batching, numbers.start_indices_batching_dims, strict=True):
+            axes[batch[dim]] = layout[i]
+        return tuple(axes)
+
+    out = move(recorder, eqn, ins[0], to, is_intact=False)
+    return [_looked_up(recorder, eqn, out, ins[1:])]
+
+
+def _concatenate(recorder: Recorder, eqn: Any, ins: Sequence[Info]) -> list[Info]:
+    sources, axis = sources_of(ins), eqn.params["dimension"]
+    if sources & ACTIVATION:
+        end(recorder, eqn, "added token", *(x for x in ins if not x.is_activation))
+        return [Info(sources=sources)]
+    tracks, start, total = [], 0, eqn.outvars[0].aval.shape[axis]
+    for info, shape in zip(ins, shapes(eqn), strict=True):
+        for track in info.tracks:
+            layout = list(track.layout)
+            layout[axis] = Axis(layout[axis].atoms, layout[axis].offset + start, total)
+            tracks.append(track.moved(tuple(layout), is_intact=False))
+        start += shape[axis]
+    return [Info(tuple(tracks), (), sources)]
+
+
+def _pad(recorder: Recorder, eqn: Any, ins: Sequence[Info]) -> list[Info]:
+    config, shape = eqn.params["padding_config"], eqn.outvars[0].aval.shape
+
+    def to(layout: Layout) -> Layout:
+        if any(min(padding) < 0 or padding[2] for padding in config):
+            raise NoLayout
+        return tuple(
+            repeated(size) if is_repeated(axis) else Axis(axis.atoms, axis.offset + low, size)
+            for axis, (low, _, _), size in zip(layout, config, shape, strict=True)
+        )
+
+    out = move(recorder, eqn, ins[0], to, is_intact=False)
+    return [dataclasses.replace(out, sources=sources_of(ins))]
+
+
+def _tile(recorder: Recorder, eqn: Any, ins: Sequence[Info]) -> list[Info]:
+    reps = eqn.params["reps"]
+    return [move(recorder, eqn, ins[0], lambda x: tuple(map(tile, x, reps)), is_intact=False)]
+
+
+def _reduce_sum(recorder: Recorder, eqn: Any, ins: Sequence[Info]) -> list[Info]:
+    """Sums of neurons may be taken in parts, over axes without features."""
+    end(recorder, eqn, "unknown operation reduce_sum", *ins)
+    summed = eqn.params["axes"]
+
+    def to(layout: Layout) -> Layout | None:
+        is_partial = all(is_repeated(layout[i]) for i in summed)
+        return tuple(x for i, x in enumerate(layout) if i not in summed) if is_partial else None
+
+    return [move(recorder, eqn, dataclasses.replace(ins[0], tracks=()), to)]
+
+
+def _psum(recorder: Recorder, eqn: Any, ins: Sequence[Info]) -> list[Info]:
+    """The same over the axes of a mesh."""
+    end(recorder, eqn, f"unknown operation {eqn.primitive.name}", *ins)
+    return [dataclasses.replace(info, tracks=(), value=None) for info in ins]
+
+
+IDENTITIES = (
+    "copy", "copy_p", "device_put", "layout_constraint", "mesh_cast", "name",
+    "optimization_barrier", "pcast", "pvary", "reduce_precision", "reshard",
+    "sharding_constraint", "stop_gradient",
+)  # fmt: skip
+
+RULES: dict[str, Rule] = {
+    **dict.fromkeys(["psum", "psum_invariant"], _psum),
+    "reduce_sum": _reduce_sum,
+    "neg": _neg,
+    **dict.fromkeys(IDENTITIES, _same),
+    "transpose": _transpose,
+    "reshape": _reshape,
+    "broadcast_in_dim": _broadcast_in_dim,
+    "squeeze": _squeeze,
+    "rev": _rev,
+    "slice": _slice,
+    "split": _split,
+    "dynamic_slice": _dynamic_slice,
+    "gather": _gather,
+    "concatenate": _concatenate,
+    "pad": _pad,
+    "tile": _tile,
+}

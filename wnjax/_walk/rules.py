@@ -1,0 +1,78 @@
+"""What each primitive does to the tracks of its operands.
+
+The tables are in `moves`, `arithmetic` and `sums`. A primitive that is in none of them ends the
+tracks, and the walk says so: nothing is guessed.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from wnjax._walk.layout import Layout, NoLayout
+from wnjax._walk.tracks import Info, Site, Use
+
+
+class Recorder(Protocol):
+    """Who writes down what the rules find."""
+
+    def use(self, use: Use) -> None: ...
+    def note(self, leaf: int, kind: str, eqn: Any) -> None: ...
+    def bias(self, weight: int, bias: int) -> None: ...
+    def shape(self, leaf: int) -> tuple[int, ...]: ...
+    def site(self, eqn: Any) -> Site: ...
+
+
+Rule = Callable[[Recorder, Any, Sequence[Info]], list[Info]]
+
+
+def unknown(recorder: Recorder, eqn: Any, ins: Sequence[Info]) -> list[Info]:
+    """The rule of everything else."""
+    for info in ins:
+        for track in info.tracks:
+            recorder.note(track.leaf, f"unknown operation {eqn.primitive.name}", eqn)
+    return [Info(sources=sources_of(ins)) for _ in eqn.outvars]
+
+
+def sources_of(ins: Sequence[Info]) -> int:
+    return functools.reduce(operator.or_, (info.sources for info in ins), 0)
+
+
+def shapes(eqn: Any) -> list[tuple[int, ...]]:
+    return [tuple(v.aval.shape) for v in eqn.invars]
+
+
+def move(
+    recorder: Recorder,
+    eqn: Any,
+    info: Info,
+    to: Callable[[Layout], Layout | None],
+    constant: frozenset[int] = frozenset(),
+    **changes: Any,
+) -> Info:
+    """What is known of a rearrangement of a value, given what it does to a layout."""
+    tracks, sums = [], []
+    for track in info.tracks:
+        try:
+            layout = to(track.layout)
+        except NoLayout:
+            recorder.note(track.leaf, f"unknown operation {eqn.primitive.name}", eqn)
+            continue
+        if layout is not None:
+            tracks.append(track.moved(layout, **changes))
+    for track in info.sums:
+        try:
+            layout = to(track.layout)
+        except NoLayout:
+            continue
+        if layout is not None:
+            sums.append(track.moved(layout))
+    return Info(tuple(tracks), tuple(sums), info.sources, constant)
+
+
+def end(recorder: Recorder, eqn: Any, kind: str, *ins: Info) -> None:
+    for info in ins:
+        for track in info.tracks:
+            recorder.note(track.leaf, kind, eqn)

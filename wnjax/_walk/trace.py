@@ -1,0 +1,116 @@
+"""Tracing a user's function to a jaxpr, and saying in the user's words why that failed."""
+
+from __future__ import annotations
+
+import os
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import flax
+import jax
+from jax.extend import core
+from jax.interpreters import partial_eval
+
+from wnjax._walk.walker import inputs_of, opened
+
+_NOT_USERS = tuple(
+    os.path.dirname(path) + os.sep for path in (jax.__file__, flax.__file__, __file__)
+)
+
+
+class Traced(NamedTuple):
+    """A function as a jaxpr.
+
+    Attributes:
+      jaxpr: open, without dead code; its inputs are the consts and then the arrays.
+      consts: the arrays that the function closes over.
+      arrays: those among the leaves of the arguments.
+      places: for every leaf of the arguments its place among the arrays, None if it is static.
+      rebuild: from the values of the jaxpr's outputs to what the function returns.
+    """
+
+    jaxpr: Any
+    consts: Sequence[Any]
+    arrays: Sequence[Any]
+    places: Sequence[int | None]
+    rebuild: Callable[[Sequence[Any]], Any]
+
+
+def is_array(x: Any) -> bool:
+    """Whether a leaf is an array, or stands for one; Python's numbers are not."""
+    return hasattr(x, "shape") and hasattr(x, "dtype")
+
+
+def trace(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Traced:
+    """Traces `fn(*args, **kwargs)` abstractly. What is no array among the arguments is static.
+
+    Raises:
+      ValueError: if `fn` needs values of the data, or an axis name that nothing binds.
+    """
+    leaves, treedef = jax.tree.flatten((args, kwargs))
+    arrays = [leaf for leaf in leaves if is_array(leaf)]
+    indices = iter(range(len(arrays)))
+    places = [next(indices) if is_array(leaf) else None for leaf in leaves]
+    out: list[Any] = []  # the structure of what fn returns, and its static leaves
+
+    def flat(*arrays: Any) -> list[Any]:
+        merged = [
+            leaf if place is None else arrays[place]
+            for leaf, place in zip(leaves, places, strict=True)
+        ]
+        args, kwargs = jax.tree.unflatten(treedef, merged)
+        out_leaves, out_tree = jax.tree.flatten(fn(*args, **kwargs))
+        is_dynamic = [core.valid_jaxtype(leaf) for leaf in out_leaves]
+        out[:] = (out_tree, [None if d else x for d, x in zip(is_dynamic, out_leaves, strict=True)])
+        return [leaf for d, leaf in zip(is_dynamic, out_leaves, strict=True) if d]
+
+    jaxpr, consts = opened(_make_jaxpr(flat, arrays))
+    jaxpr = jaxpr.replace(constvars=[], invars=inputs_of(jaxpr))
+    live, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), instantiate=True)
+    out_tree: Any = out[0]
+    static: list[Any] = out[1]
+
+    def rebuild(values: Sequence[Any]) -> Any:
+        remaining = iter(values)
+        return out_tree.unflatten(next(remaining) if x is None else x for x in static)
+
+    return Traced(live, consts, arrays, places, rebuild)
+
+
+def _make_jaxpr(flat: Callable[..., Any], arrays: Sequence[Any]) -> Any:
+    try:
+        return jax.make_jaxpr(flat)(*arrays)
+    except (jax.errors.ConcretizationTypeError, jax.errors.NonConcreteBooleanIndexError) as error:
+        raise ValueError(
+            f"fn needs the value of an array at {_user_line(error)}, but it is traced without "
+            "values. Where that is an option such as train=True, pass it as a Python value or by "
+            "functools.partial; where it is data, use jnp.where or jax.lax.cond"
+        ) from error
+    except (
+        jax.errors.TracerArrayConversionError,
+        jax.errors.TracerIntegerConversionError,
+    ) as error:
+        raise ValueError(
+            f"fn needs the value of an array at {_user_line(error)}, but it is traced without "
+            "values. Use jax.numpy instead of numpy there, and Python numbers for sizes"
+        ) from error
+    except NameError as error:
+        if "unbound axis name" not in str(error):
+            raise
+        name = str(error).split("unbound axis name:")[-1].split(".")[0].strip()
+        raise ValueError(
+            f"fn uses the axis name {name!r} at {_user_line(error)}, and nothing binds it here. "
+            "Pass the function of one device without its collectives (such as "
+            f"BatchNorm(axis_name=None)), or bind the name: jax.vmap(fn, axis_name={name!r}, ...)"
+        ) from error
+
+
+def _user_line(error: BaseException) -> str:
+    """The innermost line of the user's own code in a traceback."""
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not frame.filename.startswith(_NOT_USERS)
+    ]
+    return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "an unknown line"

@@ -1,0 +1,145 @@
+"""What the walk over a jaxpr knows of each value, and what it writes down."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from jax.extend import source_info_util
+
+from wnjax._walk.layout import Axis, Layout, atoms_of, leaf_axes
+
+ACTIVATION = 1  # depends on the arguments beside the parameters, or is a layer's output
+CAPTURED = 2  # depends on an array that the traced function closes over
+FIRST_LEAF = 4  # depends on leaf 0; leaf i has the bit FIRST_LEAF << i
+
+OWN_STATISTICS = "own statistics"  # what changed a leaf that is divided by its own norm, say
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Track:
+    """A leaf of which a value is a rearrangement.
+
+    Attributes:
+      leaf: which one.
+      layout: where its axes lie in the value.
+      stacked: axes of the leaf of which an index, or the steps of a scan, pick one position.
+      changed: what turned the value into another function of the leaf than a multiple of it.
+      is_indexed: whether data pick a position: an embedding, an expert.
+      is_modulated: whether it was multiplied by data.
+      is_intact: whether it is the whole leaf, but for the axes that scans run over.
+    """
+
+    leaf: int
+    layout: Layout
+    stacked: frozenset[int] = frozenset()
+    changed: str | None = None
+    is_indexed: bool = False
+    is_modulated: bool = False
+    is_intact: bool = True
+
+    def moved(self, layout: Layout, **changes: Any) -> Track:
+        """The track with another layout; the axes that are no longer in it were picked from."""
+        gone = leaf_axes(self.layout) - leaf_axes(layout)
+        return dataclasses.replace(self, layout=layout, stacked=self.stacked | gone, **changes)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Info:
+    """What is known of a value.
+
+    Attributes:
+      tracks: the leaves that it is a rearrangement of; several after a concatenation.
+      sums: the weights whose neurons' sums it is, laid out by their feature axes.
+      sources: what it depends on: a set of bits.
+      constant: axes along which it repeats.
+      value: the value itself, where the walk computes it.
+    """
+
+    tracks: tuple[Track, ...] = ()
+    sums: tuple[Track, ...] = ()
+    sources: int = 0
+    constant: frozenset[int] = frozenset()
+    value: Any = None
+
+    @property
+    def is_activation(self) -> bool:
+        return bool(self.sources & ACTIVATION)
+
+    def depends_on(self, leaf: int) -> bool:
+        return bool(self.sources & (FIRST_LEAF << leaf))
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Site:
+    """Where something happens: an equation of the traced function.
+
+    Attributes:
+      operation: the name of the primitive.
+      source: where the user wrote it.
+      trips: how often it runs in one call of the function.
+      is_direct: whether nothing around it hides it from `wrap`.
+    """
+
+    operation: str
+    source: Any
+    trips: int
+    is_direct: bool
+
+    @property
+    def line(self) -> str:
+        """The user's file, line and function."""
+        return source_info_util.summarize(self.source)
+
+    @property
+    def is_backward(self) -> bool:
+        """Whether a derivative inside the traced function put it there."""
+        return "transpose(" in str(self.source.name_stack)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Use:
+    """A sum over some axes of a leaf.
+
+    Attributes:
+      leaf: which one.
+      fan_in: its axes that are summed over.
+      features: its other axes.
+      refusal: why this makes no neurons of it, in words.
+      site: where.
+      output_size: the number of elements of the output.
+      rides: whether a factor of the weight's features can be put on the output instead.
+    """
+
+    leaf: int
+    fan_in: frozenset[int]
+    features: frozenset[int]
+    refusal: str | None
+    site: Site
+    output_size: int
+    rides: bool
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Note:
+    """Something that happens to a leaf and is no sum over its axes.
+
+    Attributes:
+      leaf: which one.
+      kind: what, in words.
+      site: where.
+    """
+
+    leaf: int
+    kind: str
+    site: Site
+
+
+def is_repeated(axis: Axis) -> bool:
+    """Whether the value repeats along all of an axis."""
+    return all(atom.axis is None or atom.size == 1 for atom in axis.atoms)
+
+
+def has_copies(track: Track) -> bool:
+    """Whether the value holds its leaf several times."""
+    return any(atom.axis is None and atom.size > 1 for atom in atoms_of(track.layout))

@@ -1,0 +1,298 @@
+"""The walk over a jaxpr: follows every leaf of the parameters to where it is summed over.
+
+One forward pass of abstract interpretation: `_rules` says what a primitive does to the tracks,
+this module how they enter and leave nested jaxprs. It reads types and equations alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jax.extend import core, source_info_util
+
+from wnjax._walk import arithmetic, moves, sums
+from wnjax._walk import layout as _layout
+from wnjax._walk.layout import Layout
+from wnjax._walk.rules import move, sources_of, unknown
+from wnjax._walk.tracks import CAPTURED, FIRST_LEAF, Info, Note, Site, Track, Use
+
+# Source lines are the user's, also where our modules call Flax's.
+source_info_util.register_exclusion(os.path.dirname(__file__) + os.sep)
+
+RULES = moves.RULES | arithmetic.RULES | sums.RULES
+TRANSPARENT = {"jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint"}
+
+
+def opened(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
+    """A jaxpr, open or closed, as an open one and its constants."""
+    return getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ())
+
+
+def inputs_of(jaxpr: Any) -> list[Any]:
+    """The variables of an open jaxpr: of its constants first."""
+    return [*jaxpr.constvars, *jaxpr.invars]
+
+
+def leaf_info(leaf: int, shape: Sequence[int]) -> Info:
+    """What is known of leaf number `leaf` itself."""
+    return Info((Track(leaf, _layout.of_leaf(shape)),), (), FIRST_LEAF << leaf)
+
+
+def captured_info(value: Any) -> Info:
+    """What is known of an array that a function closes over: it may be data, or a table."""
+    is_float = jnp.issubdtype(jnp.result_type(value), jnp.inexact)
+    return Info(sources=CAPTURED if is_float and jnp.ndim(value) else 0)
+
+
+def inner_jaxpr(eqn: Any) -> Any:
+    """The jaxpr that an equation calls with its own operands; None if it is no call."""
+    found = [
+        jaxpr
+        for jaxpr in eqn.params.values()
+        if isinstance(jaxpr, core.Jaxpr | core.ClosedJaxpr) and _fits(eqn, *opened(jaxpr))
+    ]
+    return found[0] if len(found) == 1 else None
+
+
+def _fits(eqn: Any, jaxpr: Any, consts: Sequence[Any]) -> bool:
+    operands = inputs_of(jaxpr)[len(consts) :]
+    return [_shape(v) for v in operands] == [_shape(v) for v in eqn.invars] and [
+        _shape(v) for v in jaxpr.outvars
+    ] == [_shape(v) for v in eqn.outvars]
+
+
+def _shape(var: Any) -> Any:
+    return getattr(var.aval, "shape", None)
+
+
+def scan_parts(eqn: Any) -> tuple[int, int]:
+    """How many operands of a scan are constants, and how many are carried."""
+    if "ft_in" in eqn.params:  # jax 0.12
+        consts, carry, _ = eqn.params["ft_in"].unpack()
+        return len(consts), len(carry)
+    return eqn.params["num_consts"], eqn.params["num_carry"]
+
+
+class Walk:
+    """One pass over a function. Collects what happens to each of its leaves.
+
+    Attributes:
+      uses: sums over axes of a leaf.
+      notes: everything else that ends its track.
+      biases: (weight, bias) pairs of leaves.
+    """
+
+    def __init__(self, shapes: Sequence[tuple[int, ...]]):
+        """Takes the shapes of the leaves."""
+        self.shapes = shapes
+        self.uses: list[Use] = []
+        self.notes: list[Note] = []
+        self.biases: set[tuple[int, int]] = set()
+        self._trips = 1
+        self._is_direct = True
+
+    # What the rules write down.
+
+    def use(self, use: Use) -> None:
+        """Records a sum over some axes of a leaf."""
+        self.uses.append(use)
+
+    def note(self, leaf: int, kind: str, eqn: Any) -> None:
+        """Records anything else that happens to a leaf."""
+        self.notes.append(Note(leaf, kind, self.site(eqn)))
+
+    def bias(self, weight: int, bias: int) -> None:
+        """Records that one leaf is added to the sums of another's neurons."""
+        self.biases.add((weight, bias))
+
+    def shape(self, leaf: int) -> tuple[int, ...]:
+        """The shape of a leaf."""
+        return self.shapes[leaf]
+
+    def site(self, eqn: Any) -> Site:
+        """Where an equation stands."""
+        return Site(eqn.primitive.name, eqn.source_info, self._trips, self._is_direct)
+
+    # Jaxprs.
+
+    def run(self, jaxpr: Any, ins: Sequence[Info]) -> list[Info]:
+        """What is known of the outputs of an open jaxpr, given its constants and inputs."""
+        env = dict(zip(inputs_of(jaxpr), ins, strict=True))
+
+        def read(var: Any) -> Info:
+            return self.literal(var.val) if isinstance(var, core.Literal) else env[var]
+
+        for eqn in jaxpr.eqns:
+            outs = self.equation(eqn, [read(var) for var in eqn.invars])
+            env.update(zip(eqn.outvars, outs, strict=True))
+        return [read(var) for var in jaxpr.outvars]
+
+    def literal(self, value: Any) -> Info:
+        """What is known of a number written in the jaxpr."""
+        return Info()
+
+    def equation(self, eqn: Any, ins: Sequence[Info]) -> list[Info]:
+        """What is known of the outputs of one equation."""
+        match eqn.primitive.name:
+            case "scan":
+                return self.scan(eqn, ins)
+            case "while":
+                return self.while_loop(eqn, ins)
+            case "cond":
+                return self.cond(eqn, ins)
+            case "shard_map":
+                return self.shard_map(eqn, ins)
+        if eqn.primitive.name not in RULES and inner_jaxpr(eqn) is not None:
+            return self.call(eqn, ins)
+        return RULES.get(eqn.primitive.name, unknown)(self, eqn, ins)
+
+    def call(self, eqn: Any, ins: Sequence[Info]) -> list[Info]:
+        """Jit, remat, custom derivatives: the jaxpr runs once, on the operands."""
+        jaxpr, consts = opened(inner_jaxpr(eqn))
+        with self.inside(is_direct=eqn.primitive.name in TRANSPARENT):
+            return self.run(jaxpr, [*map(captured_info, consts), *ins])
+
+    def scan(self, eqn: Any, ins: Sequence[Info]) -> list[Info]:
+        """The steps run over the first axes of what is scanned."""
+        ins = self.loop_inputs(eqn, ins)
+        jaxpr, consts = opened(eqn.params["jaxpr"])
+        with self.inside(trips=eqn.params["length"]):
+            outs = self.run(jaxpr, [*map(captured_info, consts), *ins])
+        carried = scan_parts(eqn)[1]
+        for info in outs[carried:]:
+            for track in info.tracks:
+                self.note(track.leaf, "unknown operation scan (stacked outputs)", eqn)
+        return [*outs[:carried], *(Info(sources=info.sources) for info in outs[carried:])]
+
+    def loop_inputs(self, eqn: Any, ins: Sequence[Info]) -> list[Info]:
+        """What every step of a scan knows of its inputs."""
+        num_consts, num_carry = scan_parts(eqn)
+        consts, rest = list(ins[:num_consts]), ins[num_consts:]
+        sliced = [self._sliced(eqn, info) for info in rest[num_carry:]]
+        jaxpr, captured = opened(eqn.params["jaxpr"])
+        before = [*map(captured_info, captured), *consts]
+
+        def step(carry: list[Info]) -> list[Info]:
+            return self.run(jaxpr, [*before, *carry, *sliced])[:num_carry]
+
+        return [*consts, *self._fixpoint(eqn, list(rest[:num_carry]), step), *sliced]
+
+    def _sliced(self, eqn: Any, info: Info) -> Info:
+        """What one step of a scan sees of an operand that the scan runs over."""
+        tracks = []
+        for track in info.tracks:
+            first, *others = track.layout
+            atoms = [atom for atom in first.atoms if atom.axis is not None and atom.size > 1]
+            whole = [
+                _layout.Atom(axis, 1, size) for axis, size in enumerate(self.shapes[track.leaf])
+            ]
+            is_axis = len(first.atoms) == 1 and first.atoms[0] in whole
+            is_intact = track.is_intact and (is_axis or not atoms)
+            tracks.append(track.moved(tuple(others), is_intact=is_intact))
+        constant = frozenset(axis - 1 for axis in info.constant if axis)
+        return Info(tuple(tracks), (), info.sources, constant)
+
+    def _fixpoint(self, eqn: Any, carry: list[Info], step: Any) -> list[Info]:
+        """What holds of the carried values before every step of a loop."""
+        start = carry
+        with self.silent():
+            while True:
+                after = [_join(a, b) for a, b in zip(carry, step(carry), strict=True)]
+                if after == carry:
+                    break
+                carry = after
+        for before, after_all in zip(start, carry, strict=True):
+            for track in set(before.tracks) - set(after_all.tracks):
+                self.note(track.leaf, "unknown operation: changed by the steps of a loop", eqn)
+        return carry
+
+    def while_loop(self, eqn: Any, ins: Sequence[Info]) -> list[Info]:
+        """As often as it runs, whatever the condition."""
+        num_cond, num_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+        cond, cond_consts = opened(eqn.params["cond_jaxpr"])
+        body, body_consts = opened(eqn.params["body_jaxpr"])
+        for_cond = [*map(captured_info, cond_consts), *ins[:num_cond]]
+        for_body = [*map(captured_info, body_consts), *ins[num_cond : num_cond + num_body]]
+        with self.inside(is_direct=False):
+            carry = self._fixpoint(
+                eqn, list(ins[num_cond + num_body :]), lambda x: self.run(body, [*for_body, *x])
+            )
+            self.run(cond, [*for_cond, *carry])
+            return self.run(body, [*for_body, *carry])
+
+    def cond(self, eqn: Any, ins: Sequence[Info]) -> list[Info]:
+        """All branches; an output may be any of theirs."""
+        which, *operands = ins
+        outs = []
+        for branch in eqn.params["branches"]:
+            jaxpr, consts = opened(branch)
+            with self.inside():
+                outs.append(self.run(jaxpr, [*map(captured_info, consts), *operands]))
+        return [_either(which, infos) for infos in zip(*outs, strict=True)]
+
+    def shard_map(self, eqn: Any, ins: Sequence[Info]) -> list[Info]:
+        """The jaxpr runs on every device, on its shards."""
+        jaxpr, consts = opened(eqn.params["jaxpr"])
+        local = []
+        for info, var in zip(ins, inputs_of(jaxpr)[len(consts) :], strict=True):
+            sizes = _shape(var)
+
+            def to(layout: Layout, sizes: Any = sizes) -> Layout:
+                return tuple(map(_layout.shard, layout, sizes))
+
+            local.append(move(self, eqn, info, to, info.constant))
+        with self.inside(is_direct=False):
+            outs = self.run(jaxpr, [*map(captured_info, consts), *local])
+        return [Info(sources=info.sources) for info in outs]
+
+    # Where the walk is.
+
+    @contextlib.contextmanager
+    def inside(self, trips: int = 1, is_direct: bool = True) -> Iterator[None]:
+        """Marks what is recorded as run `trips` times, and as hidden from `wrap` or not."""
+        before = self._trips, self._is_direct
+        self._trips, self._is_direct = self._trips * trips, self._is_direct and is_direct
+        try:
+            yield
+        finally:
+            self._trips, self._is_direct = before
+
+    @contextlib.contextmanager
+    def silent(self) -> Iterator[None]:
+        """Records nothing."""
+        before = self.uses, self.notes, self.biases
+        self.uses, self.notes, self.biases = [], [], set()
+        try:
+            yield
+        finally:
+            self.uses, self.notes, self.biases = before
+
+
+def _join(a: Info, b: Info) -> Info:
+    """What holds of a value that may be either of two."""
+    return Info(
+        tuple(track for track in a.tracks if track in b.tracks),
+        tuple(track for track in a.sums if track in b.sums),
+        a.sources | b.sources,
+        a.constant & b.constant,
+    )
+
+
+def _either(which: Info, infos: Sequence[Info]) -> Info:
+    """What is known of the output of one of several branches."""
+    tracks = dict.fromkeys(itertools.chain(*(info.tracks for info in infos)))
+    is_indexed = which.is_activation
+    return Info(
+        tuple(
+            t.moved(t.layout, is_indexed=t.is_indexed or is_indexed, is_intact=False)
+            for t in tracks
+        ),
+        tuple(t for t in infos[0].sums if all(t in info.sums for info in infos)),
+        which.sources | sources_of(infos),
+        frozenset.intersection(*(info.constant for info in infos)),
+    )
