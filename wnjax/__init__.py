@@ -1,5 +1,7 @@
 """Weight normalization for JAX and Flax: w = g·v/‖v‖."""
 
+from wnjax import linen as linen
+from wnjax import nnx as nnx
 from wnjax._axes import Neuron as Neuron
 from wnjax._axes import NotNeuron as NotNeuron
 from wnjax._inspect import labels as labels
@@ -10,3 +12,4 @@ from wnjax._nodes import LogWeightNorm as LogWeightNorm
 from wnjax._nodes import WeightNorm as WeightNorm
 from wnjax._weight_norm import fold as fold
 from wnjax._weight_norm import weight_norm as weight_norm
+from wnjax._wrap import wrap as wrap

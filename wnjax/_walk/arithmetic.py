@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -64,7 +63,7 @@ def _elementwise(recorder: Recorder, eqn: Any, ins: Sequence[Info]) -> list[Info
 
 def _convert(recorder: Recorder, eqn: Any, ins: Sequence[Info]) -> list[Info]:
     if jnp.issubdtype(eqn.params["new_dtype"], jnp.inexact):
-        return [dataclasses.replace(ins[0], value=None)]
+        return [ins[0]]
     return _elementwise(recorder, eqn, ins)
 
 

@@ -16,7 +16,12 @@ def _neg(recorder: Recorder, eqn: Any, ins: Sequence[Info]) -> list[Info]:
 
 
 def _same(recorder: Recorder, eqn: Any, ins: Sequence[Info]) -> list[Info]:
-    return [Info(x.tracks, x.sums, x.sources, x.constant) for x in ins]
+    return list(ins)
+
+
+def _stop_gradient(recorder: Recorder, eqn: Any, ins: Sequence[Info]) -> list[Info]:
+    """Not intact: a factor on the output would let the gradient through."""
+    return [move(recorder, eqn, ins[0], lambda x: x, ins[0].constant, is_intact=False)]
 
 
 def _transpose(recorder: Recorder, eqn: Any, ins: Sequence[Info]) -> list[Info]:
@@ -187,13 +192,13 @@ def _reduce_sum(recorder: Recorder, eqn: Any, ins: Sequence[Info]) -> list[Info]
 def _psum(recorder: Recorder, eqn: Any, ins: Sequence[Info]) -> list[Info]:
     """The same over the axes of a mesh."""
     end(recorder, eqn, f"unknown operation {eqn.primitive.name}", *ins)
-    return [dataclasses.replace(info, tracks=(), value=None) for info in ins]
+    return [dataclasses.replace(info, tracks=()) for info in ins]
 
 
 IDENTITIES = (
     "copy", "copy_p", "device_put", "layout_constraint", "mesh_cast", "name",
     "optimization_barrier", "pcast", "pvary", "reduce_precision", "reshard",
-    "sharding_constraint", "stop_gradient",
+    "sharding_constraint",
 )  # fmt: skip
 
 RULES: dict[str, Rule] = {
@@ -201,6 +206,7 @@ RULES: dict[str, Rule] = {
     "reduce_sum": _reduce_sum,
     "neg": _neg,
     **dict.fromkeys(IDENTITIES, _same),
+    "stop_gradient": _stop_gradient,
     "transpose": _transpose,
     "reshape": _reshape,
     "broadcast_in_dim": _broadcast_in_dim,

@@ -24,6 +24,7 @@ class Track:
       leaf: which one.
       layout: where its axes lie in the value.
       stacked: axes of the leaf of which an index, or the steps of a scan, pick one position.
+      scanned: of these, the axes that scans run over, and how deep these are nested.
       changed: what turned the value into another function of the leaf than a multiple of it.
       is_indexed: whether data pick a position: an embedding, an expert.
       is_modulated: whether it was multiplied by data.
@@ -33,6 +34,7 @@ class Track:
     leaf: int
     layout: Layout
     stacked: frozenset[int] = frozenset()
+    scanned: frozenset[tuple[int, int]] = frozenset()
     changed: str | None = None
     is_indexed: bool = False
     is_modulated: bool = False
@@ -53,14 +55,12 @@ class Info:
       sums: the weights whose neurons' sums it is, laid out by their feature axes.
       sources: what it depends on: a set of bits.
       constant: axes along which it repeats.
-      value: the value itself, where the walk computes it.
     """
 
     tracks: tuple[Track, ...] = ()
     sums: tuple[Track, ...] = ()
     sources: int = 0
     constant: frozenset[int] = frozenset()
-    value: Any = None
 
     @property
     def is_activation(self) -> bool:

@@ -15,11 +15,10 @@ from typing import Any
 import jax.numpy as jnp
 from jax.extend import core, source_info_util
 
-from wnjax._walk import arithmetic, moves, sums
-from wnjax._walk import layout as _layout
+from wnjax._walk import arithmetic, layout, moves, sums
 from wnjax._walk.layout import Layout
 from wnjax._walk.rules import move, sources_of, unknown
-from wnjax._walk.tracks import CAPTURED, FIRST_LEAF, Info, Note, Site, Track, Use
+from wnjax._walk.tracks import CAPTURED, FIRST_LEAF, Info, Note, Site, Track, Use, is_repeated
 
 # Source lines are the user's, also where our modules call Flax's.
 source_info_util.register_exclusion(os.path.dirname(__file__) + os.sep)
@@ -40,7 +39,7 @@ def inputs_of(jaxpr: Any) -> list[Any]:
 
 def leaf_info(leaf: int, shape: Sequence[int]) -> Info:
     """What is known of leaf number `leaf` itself."""
-    return Info((Track(leaf, _layout.of_leaf(shape)),), (), FIRST_LEAF << leaf)
+    return Info((Track(leaf, layout.of_leaf(shape)),), (), FIRST_LEAF << leaf)
 
 
 def captured_info(value: Any) -> Info:
@@ -95,6 +94,7 @@ class Walk:
         self.biases: set[tuple[int, int]] = set()
         self._trips = 1
         self._is_direct = True
+        self.depth = 0  # of the jaxpr
 
     # What the rules write down.
 
@@ -125,16 +125,12 @@ class Walk:
         env = dict(zip(inputs_of(jaxpr), ins, strict=True))
 
         def read(var: Any) -> Info:
-            return self.literal(var.val) if isinstance(var, core.Literal) else env[var]
+            return Info() if isinstance(var, core.Literal) else env[var]
 
         for eqn in jaxpr.eqns:
             outs = self.equation(eqn, [read(var) for var in eqn.invars])
             env.update(zip(eqn.outvars, outs, strict=True))
         return [read(var) for var in jaxpr.outvars]
-
-    def literal(self, value: Any) -> Info:
-        """What is known of a number written in the jaxpr."""
-        return Info()
 
     def equation(self, eqn: Any, ins: Sequence[Info]) -> list[Info]:
         """What is known of the outputs of one equation."""
@@ -154,7 +150,8 @@ class Walk:
     def call(self, eqn: Any, ins: Sequence[Info]) -> list[Info]:
         """Jit, remat, custom derivatives: the jaxpr runs once, on the operands."""
         jaxpr, consts = opened(inner_jaxpr(eqn))
-        with self.inside(is_direct=eqn.primitive.name in TRANSPARENT):
+        is_direct = eqn.primitive.name in TRANSPARENT and not eqn.params.get("differentiated")
+        with self.inside(is_direct=is_direct):
             return self.run(jaxpr, [*map(captured_info, consts), *ins])
 
     def scan(self, eqn: Any, ins: Sequence[Info]) -> list[Info]:
@@ -173,7 +170,7 @@ class Walk:
         """What every step of a scan knows of its inputs."""
         num_consts, num_carry = scan_parts(eqn)
         consts, rest = list(ins[:num_consts]), ins[num_consts:]
-        sliced = [self._sliced(eqn, info) for info in rest[num_carry:]]
+        sliced = [self._sliced(info) for info in rest[num_carry:]]
         jaxpr, captured = opened(eqn.params["jaxpr"])
         before = [*map(captured_info, captured), *consts]
 
@@ -182,20 +179,22 @@ class Walk:
 
         return [*consts, *self._fixpoint(eqn, list(rest[:num_carry]), step), *sliced]
 
-    def _sliced(self, eqn: Any, info: Info) -> Info:
+    def _sliced(self, info: Info) -> Info:
         """What one step of a scan sees of an operand that the scan runs over."""
         tracks = []
         for track in info.tracks:
-            first, *others = track.layout
-            atoms = [atom for atom in first.atoms if atom.axis is not None and atom.size > 1]
-            whole = [
-                _layout.Atom(axis, 1, size) for axis, size in enumerate(self.shapes[track.leaf])
-            ]
-            is_axis = len(first.atoms) == 1 and first.atoms[0] in whole
-            is_intact = track.is_intact and (is_axis or not atoms)
-            tracks.append(track.moved(tuple(others), is_intact=is_intact))
+            axis = self.scanned_axis(track)
+            scanned = track.scanned if axis is None else track.scanned | {(axis, self.depth)}
+            is_intact = track.is_intact and (axis is not None or is_repeated(track.layout[0]))
+            tracks.append(track.moved(track.layout[1:], scanned=scanned, is_intact=is_intact))
         constant = frozenset(axis - 1 for axis in info.constant if axis)
         return Info(tuple(tracks), (), info.sources, constant)
+
+    def scanned_axis(self, track: Track) -> int | None:
+        """The axis of its leaf that the first axis of a value is; None if it is no whole axis."""
+        (atom, *others), *_ = track.layout[0]
+        whole = [layout.Atom(axis, 1, n) for axis, n in enumerate(self.shapes[track.leaf])]
+        return atom.axis if atom in whole and not others else None
 
     def _fixpoint(self, eqn: Any, carry: list[Info], step: Any) -> list[Info]:
         """What holds of the carried values before every step of a loop."""
@@ -242,8 +241,8 @@ class Walk:
         for info, var in zip(ins, inputs_of(jaxpr)[len(consts) :], strict=True):
             sizes = _shape(var)
 
-            def to(layout: Layout, sizes: Any = sizes) -> Layout:
-                return tuple(map(_layout.shard, layout, sizes))
+            def to(before: Layout, sizes: Any = sizes) -> Layout:
+                return tuple(map(layout.shard, before, sizes))
 
             local.append(move(self, eqn, info, to, info.constant))
         with self.inside(is_direct=False):
@@ -255,12 +254,13 @@ class Walk:
     @contextlib.contextmanager
     def inside(self, trips: int = 1, is_direct: bool = True) -> Iterator[None]:
         """Marks what is recorded as run `trips` times, and as hidden from `wrap` or not."""
-        before = self._trips, self._is_direct
+        before = self._trips, self._is_direct, self.depth
         self._trips, self._is_direct = self._trips * trips, self._is_direct and is_direct
+        self.depth += 1
         try:
             yield
         finally:
-            self._trips, self._is_direct = before
+            self._trips, self._is_direct, self.depth = before
 
     @contextlib.contextmanager
     def silent(self) -> Iterator[None]:

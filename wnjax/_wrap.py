@@ -1,0 +1,124 @@
+"""`wrap`: a function of weights as one of nodes, which builds w only where that is cheaper."""
+
+from __future__ import annotations
+
+import collections
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from wnjax._evaluate import evaluate
+from wnjax._leaves import flatten, rebox, unbox, unbox_node
+from wnjax._neurons import fold_abstractly, input_infos
+from wnjax._nodes import Node, scale, weight
+from wnjax._walk.trace import is_array, trace
+from wnjax._walk.tracks import Use
+from wnjax._walk.walker import Walk
+
+
+def wrap(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes of `fn(params, ...)`, of plain weights, the same function of a tree with nodes.
+
+    Equal to `fn(fold(params), ...)` to rounding, and so are its derivatives of any kind, but
+    cheaper: where a layer's output is smaller than its weight, w is never built, and the
+    scale g/‖v‖ is put on the output instead,
+
+        w·x = (g/‖v‖)·(v·x)
+
+    (`scales_output` decides, from sizes alone). It traces `fn`, so call it inside `jit`, as
+    one does with a loss. What tracing does not understand gets the folded weight.
+
+    Source: Salimans & Kingma 2016, https://arxiv.org/abs/1602.07868, equation 2.
+
+    Args:
+      fn: the forward function, or a loss: `fn(params, *args, **kwargs)`, of which `params` is any
+        pytree of plain weights. Pure, as for `jit`.
+
+    Returns:
+      The function of the same arguments, but for nodes in `params` wherever one likes. A tree
+      without nodes goes to `fn` as it is.
+
+    Raises:
+      ValueError: when called: if `fn` needs values of the data, or uses axis names that
+        nothing binds; if the shapes of a node's g and v do not fit each other.
+
+    >>> import jax, jax.numpy as jnp, flax.linen as nn
+    >>> import wnjax
+    >>> model, x = nn.Dense(4), jnp.ones((2, 3))
+    >>> def fn(params, x):
+    ...     return model.apply({"params": params}, x)
+    >>> params = model.init(jax.random.key(0), x)["params"]
+    >>> normalized = wnjax.weight_norm(params, axes=wnjax.neurons(fn, params, x))
+    >>> y = jax.jit(wnjax.wrap(fn))(normalized, x)
+    >>> bool(jnp.allclose(y, fn(params, x), rtol=1e-6))
+    True
+    """
+
+    @functools.wraps(fn)
+    def wrapped(params: Any, *args: Any, **kwargs: Any) -> Any:
+        boxes, treedef = flatten(params)
+        nodes = {i: node for i, (_, box) in enumerate(boxes) if (node := unbox_node(box))}
+        if not nodes:
+            return fn(params, *args, **kwargs)
+        plain = fold_abstractly(params)
+        traced = trace(fn, plain, *args, **kwargs)
+        weights = [unbox(leaf) for _, leaf in flatten(plain)[0]]
+        infos = input_infos(traced, weights, plain)
+        shapes = [getattr(w, "shape", ()) for w in weights]
+        walk = Walk(shapes)
+        walk.run(traced.jaxpr, infos)
+        riding = _riding(walk, nodes)
+        values = treedef.unflatten(
+            _value(box, nodes.get(i), i in riding) for i, (_, box) in enumerate(boxes)
+        )
+        arrays = [x for x in jax.tree.leaves(((values, *args), kwargs)) if is_array(x)]
+        known = zip(infos, [*traced.consts, *arrays], strict=True)
+        scales = {leaf: scale(nodes[leaf]) for leaf in riding}
+        return traced.rebuild(evaluate(traced.jaxpr, known, shapes, scales))
+
+    return wrapped
+
+
+def scales_output(weight_size: int, output_size: int) -> bool:
+    """Whether the scale goes on the output of a layer rather than on its weight.
+
+    Args:
+      weight_size: the number of elements of the weight.
+      output_size: the number of elements of all outputs it makes in one call.
+    """
+    return output_size < weight_size
+
+
+def _riding(walk: Walk, nodes: Mapping[int, Node]) -> set[int]:
+    """The leaves whose scale goes on the outputs: all that happens to them must allow it."""
+    uses: dict[int, list[Use]] = collections.defaultdict(list)
+    for use in walk.uses:
+        uses[use.leaf].append(use)
+    noted = {note.leaf for note in walk.notes}
+    return {
+        leaf
+        for leaf, node in nodes.items()
+        if uses[leaf] and leaf not in noted
+        if all(use.rides and use.fan_in.isdisjoint(_feature_axes(node)) for use in uses[leaf])
+        if jnp.finfo(node.v.dtype).maxexp > 16  # v·x may leave float16's range where w·x does not
+        if scales_output(
+            math.prod(node.v.shape), sum(use.output_size * use.site.trips for use in uses[leaf])
+        )
+    }
+
+
+def _feature_axes(node: Node) -> frozenset[int]:
+    """The axes along which the gain varies."""
+    return frozenset(axis for axis, size in enumerate(jnp.shape(node[0])) if size > 1)
+
+
+def _value(box: Any, node: Node | None, rides: bool) -> Any:
+    """What stands for a leaf in the evaluation: v where the scale rides, else the weight."""
+    if node is None:
+        return rebox(box, unbox(box))
+    outer = box.v if unbox(box) is box else box
+    return rebox(outer, jnp.asarray(node.v) if rides else weight(node))
