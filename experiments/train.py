@@ -55,20 +55,24 @@ class Trainer:
         variables = self.model.init(init_key, images[:1], train=True)
         params = variables.pop("params")
         if self.config.norm is Norm.WEIGHT_NORM:
-            params = wnjax.weight_norm(params)
+            axes = wnjax.neurons(self.forward, params, variables, images[:2], train=True)
+            params = wnjax.weight_norm(params, axes)
         return State(jnp.int32(0), order_key, params, variables, self.optimizer.init(params))
 
-    def apply(self, state: State, params: Any, images: jax.Array, train: bool) -> tuple[Any, Any]:
-        """Logits, and the new statistics."""
-        variables = {"params": wnjax.fold(params), **state.statistics}
-        mutable = list(state.statistics) if train else []
+    def forward(
+        self, params: Any, statistics: Any, images: jax.Array, *, train: bool
+    ) -> tuple[Any, Any]:
+        """Logits, and the new statistics, for plain weights."""
+        mutable = list(statistics) if train else []
+        variables = {"params": params, **statistics}
         return self.model.apply(variables, images, train=train, mutable=mutable)
 
     def step(self, state: State, batch: Split) -> tuple[State, jax.Array]:
         """One step of one network, and its loss in nats."""
 
         def loss(params: Any) -> tuple[jax.Array, Any]:
-            logits, statistics = self.apply(state, params, batch.images, train=True)
+            forward = wnjax.wrap(self.forward)  # params may hold nodes
+            logits, statistics = forward(params, state.statistics, batch.images, train=True)
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
             return losses.mean(), statistics
 
@@ -79,7 +83,8 @@ class Trainer:
 
     def error(self, state: State, split: Split) -> jax.Array:
         """The share of images that one network gets wrong."""
-        logits, _ = self.apply(state, state.params, split.images, train=False)
+        forward = wnjax.wrap(self.forward)
+        logits, _ = forward(state.params, state.statistics, split.images, train=False)
         return jnp.mean(logits.argmax(-1) != split.labels)
 
     def chunk(self, state: State, data: Data) -> tuple[State, dict[str, jax.Array]]:

@@ -2,10 +2,17 @@
 
 import re
 
+import chex
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
 import pytest
 
 import wnjax
-from tests import traced_layers, traced_layers_flax, traced_layers_nested, traced_models
+from tests import toys, traced_layers, traced_layers_flax, traced_layers_nested, traced_models
 from wnjax._leaves import flatten, unbox
 
 LAYERS = traced_layers.CASES | traced_layers_flax.CASES | traced_layers_nested.CASES
@@ -58,3 +65,225 @@ def test_models(name, is_full_size):
             if (match := re.fullmatch(pattern, path))
         }
         assert biases(found) == expected
+
+
+def linear(params, x):
+    return x @ params["w"] + params["b"]
+
+
+X = jnp.ones((2, 3))
+LINEAR = {"w": jnp.ones((3, 4)), "b": jnp.ones((1, 4))}
+
+
+def test_what_a_neuron_tells():
+    found = wnjax.neurons(linear, LINEAR, X)
+    assert found["w"] == wnjax.Neuron((1,), bias="b", operation="dot_general")
+    assert found["b"].reason == "bias of w"
+
+
+def test_what_a_refusal_tells():
+    """Shape, line, and an override that works when it is pasted."""
+
+    def fn(params, x):
+        return x @ jnp.exp(params["layers.0"])
+
+    params = {"layers.0": jnp.ones((3, 4))}
+    refused = wnjax.neurons(fn, params, X)["layers.0"]
+    assert refused.reason == "function of the parameter (exp)"
+    assert refused.shape == (3, 4)
+    (line,) = refused.lines
+    assert "test_neurons.py" in line
+    assert "fn" in line
+    overrides = eval(refused.override.removeprefix("overrides="))
+    overridden = wnjax.neurons(fn, params, X, overrides=overrides)
+    assert overridden["layers.0"].feature_axes == (1,)
+
+
+def test_both_lines_of_a_conflict():
+    def fn(params, x):
+        x = x @ params["w"]
+        return x @ params["w"].T
+
+    refused = wnjax.neurons(fn, {"w": jnp.ones((3, 4))}, X)["w"]
+    lines = [int(line.split("test_neurons.py:")[1].split(":")[0]) for line in refused.lines]
+    first = fn.__code__.co_firstlineno
+    assert lines == [first + 1, first + 2]
+
+
+def test_overrides_win():
+    found = wnjax.neurons(linear, LINEAR, X, overrides={"w": 0, "b": None})
+    assert found["w"] == wnjax.Neuron((0,), bias="b", operation="dot_general")
+    assert found["b"].reason == "the pattern 'b' says None"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [({"v": 0}, "overrides: the pattern 'v' matches no leaf"), ({"w": 2}, "w of shape .3, 4.")],
+)
+def test_overrides_that_do_not_fit(overrides, words):
+    with pytest.raises(ValueError, match=words):
+        wnjax.neurons(linear, LINEAR, X, overrides=overrides)
+
+
+def test_strict_lists_all_refusals_at_once():
+    def fn(params, x):
+        return (x @ jnp.exp(params["a"])) * jnp.fft.fft(params["b"]).real + params["c"]
+
+    params = {"a": jnp.ones((3, 4)), "b": jnp.ones((2, 4)), "c": jnp.ones(())}
+    with pytest.raises(ValueError, match="2 leaves") as error:
+        wnjax.neurons(fn, params, X, strict=True)
+    message = str(error.value)
+    assert "a: function of the parameter (exp); shape (3, 4); at " in message
+    assert "b: unknown operation fft; shape (2, 4); at " in message
+    assert "overrides={'a': (1,)}" in message
+    assert "\n  c" not in message  # it has one axis
+    strict = wnjax.neurons(fn, params, X, strict=True, overrides={"a": 1, "b": None})
+    assert strict["a"].feature_axes == (1,)
+
+
+def test_a_gradient_or_a_train_step_is_refused():
+    def loss(params, x):
+        return jnp.sum(jnp.tanh(linear(params, x)))
+
+    def step(params, x):
+        return optax.apply_updates(params, jax.grad(loss)(params, x)), loss(params, x)
+
+    for fn in (jax.grad(loss), jax.value_and_grad(loss), step):
+        with pytest.raises(ValueError, match="Pass the forward function instead"):
+            wnjax.neurons(fn, LINEAR, X)
+    assert wnjax.neurons(loss, LINEAR, X)["w"].feature_axes == (1,)
+
+
+def test_a_derivative_inside_the_forward_function_is_none_of_its_weights_business():
+    """As in networks for physics, whose outputs are derivatives by the inputs."""
+
+    def fn(params, x):
+        return jax.grad(lambda x: jnp.sum(jnp.tanh(linear(params, x)) ** 3))(x)
+
+    assert wnjax.neurons(fn, LINEAR, X)["w"].feature_axes == (1,)
+
+
+def branching(params, x):
+    return linear(params, x) if x.sum() > 0 else x
+
+
+def to_numpy(params, x):
+    return linear(params, np.asarray(x))
+
+
+def of_data_size(params, x):
+    return linear(params, jnp.ones((int(x[0, 0]), 3)))
+
+
+@pytest.mark.parametrize(
+    ("fn", "advice"),
+    [
+        (branching, "use jnp.where or jax.lax.cond"),
+        (to_numpy, "Use jax.numpy instead of numpy"),
+        (of_data_size, "use jnp.where or jax.lax.cond"),
+    ],
+)
+def test_functions_that_need_values(fn, advice):
+    line = fn.__code__.co_firstlineno + 1
+    with pytest.raises(ValueError, match=advice) as error:
+        wnjax.neurons(fn, LINEAR, X)
+    assert f"test_neurons.py:{line}" in str(error.value)
+
+
+def test_an_axis_name_that_nothing_binds():
+    def fn(params, x):
+        return jax.lax.pmean(linear(params, x), "batch")
+
+    with pytest.raises(ValueError, match=r"axis name 'batch' at .*test_neurons\.py") as error:
+        wnjax.neurons(fn, LINEAR, X)
+    assert "jax.vmap(fn, axis_name='batch'" in str(error.value)
+    bound = jax.vmap(fn, in_axes=(None, 0), axis_name="batch")
+    assert wnjax.neurons(bound, LINEAR, X[None])["w"].feature_axes == (1,)
+
+
+def test_errors_of_the_function_itself_pass_through():
+    with pytest.raises(KeyError, match="nothing"):
+        wnjax.neurons(lambda params, x: params["nothing"], LINEAR, X)
+
+
+def test_static_arguments_and_abstract_ones():
+    def fn(params, x, *, train, scale=None):
+        return linear(params, x) if train else x
+
+    shapes = jax.eval_shape(lambda: (LINEAR, X))
+    assert wnjax.neurons(fn, *shapes, train=True)["w"].feature_axes == (1,)
+    assert wnjax.neurons(fn, *shapes, train=False)["w"].reason == "unused by the output"
+
+
+def test_nodes_are_handled_for_the_function():
+    tree = wnjax.weight_norm(LINEAR, {"w": -1})
+    assert wnjax.neurons(linear, tree, X)["w"].feature_axes == (1,)
+
+
+def test_leaves_that_are_no_floating_point_arrays():
+    def fn(params, x):
+        return x @ params["w"][params["order"]]
+
+    found = wnjax.neurons(fn, {"w": jnp.ones((3, 4)), "order": jnp.arange(3), "name": 1}, X)
+    assert found["order"].reason == "not floating-point but int32"
+    assert found["name"].reason == "not an array"
+
+
+def test_boxes_are_kept_and_weight_norm_takes_the_tree():
+    for make in toys.TREES.values():
+        params = make()
+
+        def fn(params, x):
+            leaves = {path: unbox(leaf) for path, leaf in flatten(params)[0]}
+            first, second = (leaf for leaf in leaves.values() if leaf.ndim == 2)
+            return x @ first @ second
+
+        axes = wnjax.neurons(fn, params, X)
+        expected = wnjax.weight_norm(params)
+        assert jax.tree.structure(axes) == jax.tree.structure(params)
+        chex.assert_trees_all_equal(wnjax.weight_norm(params, axes), expected)
+
+
+def test_summary():
+    def fn(params, x):
+        return linear(params, x) + params["table"][jnp.argmax(x, axis=1)]
+
+    summary = wnjax.summary(wnjax.neurons(fn, LINEAR | {"table": jnp.ones((3, 4))}, X))
+    assert "w      feature axes (1,), bias b, by dot_general" in summary
+    assert "table  no: lookup table; shape (3, 4); at " in summary
+    assert summary.endswith("1 of 3 leaves are weights of neurons")
+
+
+LETTERS = "abcdef"
+
+
+@st.composite
+def einsums(draw):
+    """An equation x,w->y in which every axis of w is in x, or in y, or in both."""
+    of_w = draw(st.permutations(LETTERS))[: draw(st.integers(1, 4))]
+    roles = {a: draw(st.sampled_from(["sum", "feature", "batch"])) for a in of_w}
+    roles[of_w[0]] = "sum"
+    in_x = [a for a in of_w if roles[a] != "feature"] + ["z"]
+    in_y = [a for a in of_w if roles[a] != "sum"] + ["z"]
+    x, y = "".join(draw(st.permutations(in_x))), "".join(draw(st.permutations(in_y)))
+    return x, "".join(of_w), y
+
+
+@hypothesis.settings(max_examples=60, deadline=None)
+@hypothesis.given(einsums())
+def test_any_einsum(letters):
+    """Every element of the output depends on exactly one index of the feature axes."""
+    x, w, y = letters
+    shape = (2,) * len(w)
+    found = wnjax.neurons(
+        lambda p, values: jnp.einsum(f"{x},{w}->{y}", values, p),
+        jax.ShapeDtypeStruct(shape, jnp.float32),
+        jax.ShapeDtypeStruct((2,) * len(x), jnp.float32),
+    )
+    inputs = np.random.default_rng(0).normal(size=(2,) * len(x))
+    columns = [np.einsum(f"{x},{w}->{y}", inputs, e.reshape(shape)) for e in np.eye(2 ** len(w))]
+    depends = np.stack(columns, -1).reshape(-1, *shape) != 0
+    for element in depends:
+        indices = np.argwhere(element)
+        varying = {axis for axis in range(len(w)) if len(set(indices[:, axis])) > 1}
+        assert varying == set(range(len(w))) - set(found.feature_axes)

@@ -8,10 +8,9 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.extend import core
 
-from wnjax._walk.layout import Layout
+from wnjax._riding import after, lay_out, times
 from wnjax._walk.sums import RULES as CONSUMERS
 from wnjax._walk.tracks import Info, Track
 from wnjax._walk.walker import Walk, captured_info, inner_jaxpr, inputs_of, opened, scan_parts
@@ -39,30 +38,6 @@ def evaluate(
     keyed: Scales = {(leaf, frozenset()): scale for leaf, scale in scales.items()}
     outs = evaluation.run(jaxpr, ins, keyed)
     return [value for _, value in evaluation.scaled(outs, keyed)]
-
-
-def times(value: jax.Array, factor: jax.Array) -> jax.Array:
-    """Their product, in the dtype of `value`."""
-    return (value.astype(factor.dtype) * factor).astype(value.dtype)
-
-
-def lay_out(scale: jax.Array, layout: Layout) -> jax.Array:
-    """A scale of its leaf's rank, in the layout of a value: size 1 where it does not vary."""
-    varying = {axis for axis, size in enumerate(scale.shape) if size > 1}
-    atoms = [a for axis in layout for a in axis.atoms if a.axis in varying and a.size > 1]
-    in_leaf = sorted(range(len(atoms)), key=lambda i: (atoms[i].axis or 0, -atoms[i].stride))
-    scale = scale.reshape([atoms[i].size for i in in_leaf]).transpose(np.argsort(in_leaf))
-    parts: list[int] = []  # the sizes that the scale has of every atom
-    full: list[int] = []  # those that it needs, where an axis mixes it with others
-    for axis in layout:
-        mine = [a.size if a.axis in varying else 1 for a in axis.atoms]
-        parts += mine
-        full += [a.size for a in axis.atoms] if max(mine, default=1) > 1 else mine
-    sizes = [
-        axis.size if any(a.axis in varying and a.size > 1 for a in axis.atoms) else 1
-        for axis in layout
-    ]
-    return jnp.broadcast_to(scale.reshape(parts), full).reshape(sizes)
 
 
 class _Evaluation:
@@ -96,13 +71,23 @@ class _Evaluation:
         if opened_by := self.openers().get(eqn.primitive.name):
             return opened_by(eqn, ins, scales)
         if eqn.primitive.name in CONSUMERS and len(riding) == len(outs[0].sums) == 1:
-            ((_, output),) = self.bind(eqn, outs, ins)
-            factor = lay_out(scales[_key(riding[0])], outs[0].sums[0].layout)
-            return [(outs[0], times(output, factor))]
+            return self.consume(eqn, outs, ins, scales[_key(riding[0])])
         if all(any(_continues(track, out) for out in outs) for track in riding):
             return self.bind(eqn, outs, ins)
         ins = self.scaled(ins, scales)
         return self.bind(eqn, self.walk.equation(eqn, [info for info, _ in ins]), ins)
+
+    def consume(
+        self, eqn: Any, outs: Sequence[Info], ins: Sequence[Known], scale: jax.Array
+    ) -> list[Known]:
+        """A product with v, and the scale on its output."""
+        weight_first = bool(self.tracks(ins[0][0]))
+        info, x = ins[1 if weight_first else 0]
+        if jax.device_count() == 1:  # with several, one would have to tell the others
+            x, scale = after(x, scale)
+        ins = [ins[0], (info, x)] if weight_first else [(info, x), ins[1]]
+        ((info, output),) = self.bind(eqn, outs, ins)
+        return [(info, times(output, lay_out(scale, info.sums[0].layout)))]
 
     def openers(self) -> dict[str, Callable[[Any, Sequence[Known], Scales], Sequence[Known]]]:
         """By primitive: how to compute it with v among its operands."""
