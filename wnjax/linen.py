@@ -6,13 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
-import jax
 from flax.core import lift
 from flax.linen import transforms
 
-from wnjax._axes import Axes
+from wnjax._axes import Axes, Neuron, decide
+from wnjax._leaves import flatten
 from wnjax._neurons import neurons
-from wnjax._weight_norm import weight_norm
+from wnjax._weight_norm import fold, weight_norm
 from wnjax._wrap import wrap
 
 
@@ -85,18 +85,39 @@ def _normalized(fn: Callable[..., Any], axes: Axes | str, init: bool) -> Callabl
     """Lifts a function of scopes: outside, its parameters are nodes; inside, plain weights."""
 
     def inner(scope_fn: Any, repack: Any, groups: Any, rngs: Any, *call: Any) -> Any:
-        (params, others), (args, kwargs) = groups, call
+        params, others = groups
 
-        def run(params: Any, others: Any, args: Any, kwargs: Any) -> Any:
+        def run(params: Any, others: Any, call: Any) -> Any:
             scopes = scope_fn((params, others), rngs)
-            y = fn(scopes, args, kwargs)
-            return y, repack(scopes)
+            return fn(scopes, *call), repack(scopes)
 
-        if init and not jax.tree.leaves(params):
-            _, (plain, _) = run(params, others, args, kwargs)
-            found = neurons(run, plain, others, args, kwargs) if axes == "traced" else axes
-            params = weight_norm(plain, found)
-        y, (_, others) = wrap(run)(params, others, args, kwargs)
+        if init:
+            _, (plain, _) = run(fold(params), others, call)
+            params = _with_new(params, plain, axes, lambda plain: neurons(run, plain, others, call))
+        y, (_, others) = wrap(run)(params, others, call)
         return y, (params, others)
 
     return lift.pack(inner, ("params", True), ("params", True), (True,), name="weight_norm")
+
+
+def _with_new(params: Any, plain: Any, axes: Any, find: Callable[[Any], Any]) -> Any:
+    """`params` and, normalized, those of `plain` that it lacks: a call may make some."""
+    old = dict(flatten(_inside(params))[0])
+    leaves, treedef = flatten(_inside(plain))
+    if not (new := {path: leaf for path, leaf in leaves if path not in old}):
+        return params
+    found = _inside(find(plain)) if axes == "traced" else axes
+    decisions = {path: what for path, _, what in decide(_inside(plain), found) if path in new}
+    if old and not any(isinstance(what, Neuron) for what in decisions.values()):
+        normalized = new
+    else:
+        normalized = weight_norm(new, decisions)
+    tree = treedef.unflatten((old | normalized)[path] for path, _ in leaves)
+    trees = [tree] if len(plain) == 1 else tree
+    return tuple({**scope, "params": tree} for scope, tree in zip(plain, trees, strict=True))
+
+
+def _inside(scopes: Any) -> Any:
+    """The parameters alone, of the only scope or of several."""
+    trees = [scope.get("params", {}) for scope in scopes]
+    return trees[0] if len(trees) == 1 else trees

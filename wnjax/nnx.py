@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -70,16 +68,13 @@ class WeightNorm(nnx.Module):
         if not self.needs_check or any(isinstance(what, Neuron) for _, _, what in decisions):
             self._normalize(chosen)
 
-    def __call__(
-        self, *args: Any, method: str | Callable[..., Any] | None = None, **kwargs: Any
-    ) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the module, or one of its methods.
 
         Args:
           *args: go to the module.
-          method: the name of one of its methods, or a function whose first argument it is; else
-            `__call__`.
-          **kwargs: go to the module.
+          **kwargs: go to the module, but for `method`: the name of one of its methods, or a
+            function whose first argument it is, to be called instead of `__call__`.
 
         Returns:
           What the module returns.
@@ -89,16 +84,16 @@ class WeightNorm(nnx.Module):
             finds other axes than the naming rules did; or if no Param is a weight.
         """
         if self.needs_check:
-            self._check(method, args, kwargs)
+            self._check(args, kwargs)
         layer = self.folded()
-        result = _call(layer, method, args, kwargs)
-        nnx.update(self.layer_instance, nnx.state(layer, nnx.Not(nnx.Param)))
+        result = _call(layer, args, kwargs)
+        nnx.update(self.layer_instance, _changed(layer, self.layer_instance))
         return result
 
     def folded(self) -> Any:
         """The module with plain weights w = g·v/‖v‖: a copy, which is what one serves."""
         graph, params, rest = _split(self.layer_instance)
-        gains = {path: unbox(g) for path, g in flatten(nnx.state(self.g))[0]}
+        gains = {path: unbox(g) for path, g in flatten(nnx.state(self.g, nnx.Param))[0]}
         boxes, treedef = flatten(params)
         weights = treedef.unflatten(
             rebox(box, weight(Node(gains[path], unbox(box))) if path in gains else unbox(box))
@@ -126,16 +121,21 @@ class WeightNorm(nnx.Module):
         nnx.update(self.layer_instance, treedef.unflatten(vs))
         self.g = _dicts(gains)
 
-    def _check(self, method: Any, args: Any, kwargs: Any) -> None:
+    def _check(self, args: Any, kwargs: Any) -> None:
         """Compares the gains with what tracing finds, and takes them anew if they differ."""
         layer = self.folded()
-        features = _traced_features(layer, method, args, kwargs)
-        weights = {path: unbox(w) for path, w in flatten(nnx.state(layer, nnx.Param))[0]}
+        params, found = _traced(layer, args, kwargs)
+        features = {
+            path: canonical_axes(path, leaf, what.feature_axes)
+            for path, leaf, what in decide(params, found)
+            if isinstance(what, Neuron)
+        }
+        weights = {path: unbox(box) for path, box in flatten(params)[0]}
         wanted = {
             path: tuple(n if i in axes else 1 for i, n in enumerate(weights[path].shape))
             for path, axes in features.items()
         }
-        shapes = {path: unbox(g).shape for path, g in flatten(nnx.state(self.g))[0]}
+        shapes = {path: unbox(g).shape for path, g in flatten(nnx.state(self.g, nnx.Param))[0]}
         values = jax.tree.leaves((nnx.state(self.layer_instance), args, kwargs))
         is_transformed = any(isinstance(value, jax.core.Tracer) for value in values)
         if wanted != shapes and is_transformed:
@@ -145,27 +145,34 @@ class WeightNorm(nnx.Module):
                 f"Params:{listing(differing)}\nCall the module once outside of jit, grad and other "
                 "transformations, before an optimizer is made, or pass axes to WeightNorm"
             )
-        if wanted != shapes:
-            nnx.update(self.layer_instance, nnx.state(layer, nnx.Param))
-            self._normalize({re.escape(path): axes for path, axes in features.items()})
-        # In jit, a change of what is static would compile the next call again.
-        self.needs_check = is_transformed
+        if wanted != shapes or not features:
+            nnx.update(self.layer_instance, params)
+            self._normalize(found)
+        if not is_transformed:  # in jit, a change of what is static would compile the next call
+            self.needs_check = False
 
 
-def _traced_features(layer: Any, method: Any, args: Any, kwargs: Any) -> dict[str, tuple[int, ...]]:
-    """The feature axes of the weights by path, as tracing a call of a plain module finds them."""
+def _traced(layer: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """The Params of a plain module, and what tracing a call finds them to be."""
     graph, params, rest = _split(layer)
 
     def fn(params: Any, rest: Any, args: Any, kwargs: Any) -> Any:
         merged = nnx.merge(graph, params, rest, copy=True)
-        result = _call(merged, method, args, kwargs)
+        result = _call(merged, args, kwargs)
         return result, nnx.state(merged, nnx.Not(nnx.Param))
 
-    return {
-        path: canonical_axes(path, leaf, what.feature_axes)
-        for path, leaf, what in decide(params, neurons(fn, params, rest, args, kwargs))
-        if isinstance(what, Neuron)
-    }
+    return params, neurons(fn, params, rest, args, kwargs)
+
+
+def _changed(layer: Any, before: Any) -> Any:
+    """What a call changed in the state of a module, its Params aside."""
+    state = nnx.to_flat_state(nnx.state(layer, nnx.Not(nnx.Param)))
+    old = dict(nnx.to_flat_state(nnx.state(before, nnx.Not(nnx.Param))))
+
+    def is_new(path: Any, variable: Any) -> bool:
+        return path not in old or old[path].get_value() is not variable.get_value()
+
+    return nnx.from_flat_state([(path, x) for path, x in state if is_new(path, x)])
 
 
 def _split(layer: Any) -> Any:
@@ -173,7 +180,9 @@ def _split(layer: Any) -> Any:
     return nnx.split(layer, nnx.Param, ...)
 
 
-def _call(layer: Any, method: Any, args: Any, kwargs: Any) -> Any:
+def _call(layer: Any, args: Any, kwargs: Any) -> Any:
+    kwargs = dict(kwargs)
+    method = kwargs.pop("method", None)
     if callable(method):
         return method(layer, *args, **kwargs)
     return getattr(layer, method or "__call__")(*args, **kwargs)
