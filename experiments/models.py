@@ -72,7 +72,7 @@ class MLP(nn.Module):
 class ConvPoolCNN(nn.Module):
     """ConvPool-CNN-C: convolutions with leaky ReLU, max pooling and dropout, for 32x32 images.
 
-    Source: Salimans & Kingma 2016, https://arxiv.org/abs/1602.07868, appendix A.
+    Source: Salimans & Kingma 2016, https://arxiv.org/abs/1602.07868, section 5.1.
 
     Attributes:
       widths: the output channels of the convolutions in each of the three parts.

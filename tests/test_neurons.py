@@ -10,10 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.extend import core
 
 import wnjax
 from tests import toys, traced_layers, traced_layers_flax, traced_layers_nested, traced_models
 from wnjax._leaves import flatten, unbox
+from wnjax._walk.walker import RULES
 
 LAYERS = traced_layers.CASES | traced_layers_flax.CASES | traced_layers_nested.CASES
 MODELS = traced_models.MODELS
@@ -287,3 +289,17 @@ def test_any_einsum(letters):
         indices = np.argwhere(element)
         varying = {axis for axis in range(len(w)) if len(set(indices[:, axis])) > 1}
         assert varying == set(range(len(w))) - set(found.feature_axes)
+
+
+# Handled, but not named in `jax.extend.core.primitives` of every version that we support.
+UNLISTED = {
+    "copy_p", "layout_constraint", "mesh_cast", "optimization_barrier", "pcast", "psum_invariant",
+    "pvary", "ragged_dot_general", "reshard", "split", "tile",
+}  # fmt: skip
+
+
+def test_every_handled_primitive_is_one_of_jax():
+    """A rule under a name that JAX does not have, or has no more, would never be used."""
+    listed = {getattr(x, "name", None) for x in vars(core.primitives).values()}
+    assert set(RULES) - listed <= UNLISTED
+    assert not RULES.keys() & {"scan", "while", "cond", "shard_map", "jit", "custom_jvp_call"}

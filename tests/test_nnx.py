@@ -347,3 +347,21 @@ def test_axes_that_do_not_fit_are_refused(case):
     make, axes, message = REFUSED[case]
     with pytest.raises(ValueError, match=message):
         WeightNorm(make(), axes=axes)(X)
+
+
+def test_an_optimizer_made_before_the_first_call_that_finds_other_axes():
+    """Its moments, of other shapes, would stretch g without a word."""
+    layer = nnx.ConvTranspose(2, 3, (3,), transpose_kernel=True, rngs=nnx.Rngs(0))
+    module = WeightNorm(layer)
+    optimizer = nnx.Optimizer(module, optax.adam(1e-3), wrt=nnx.Param)
+    x = np.ones((1, 5, 2), np.float32)
+    module(x)
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        optimizer.update(module, nnx.grad(lambda m: m(x).sum())(module))
+    with pytest.raises(ValueError, match=r"gain of kernel .* make the optimizer after that"):
+        module(x)
+
+
+def test_axes_are_never_taken_for_traced():
+    with pytest.raises(TypeError, match="axes must be None"):
+        WeightNorm(linear(), axes="trace")

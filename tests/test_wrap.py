@@ -66,7 +66,7 @@ def check(fn, params, args, tolerance):
 @pytest.fixture
 def always_on_outputs(monkeypatch):
     """Scales ride wherever they can, also where that costs more."""
-    monkeypatch.setattr(_wrap, "scales_output", lambda *_: True)
+    monkeypatch.setattr(_wrap, "scales_output", lambda *_, **__: True)
 
 
 @pytest.fixture(params=[1, 8])
@@ -232,8 +232,10 @@ def test_no_weight_is_built_where_outputs_are_smaller():
 
 
 def test_sizes_decide():
-    assert _wrap.scales_output(weight_size=100, output_size=99)
-    assert not _wrap.scales_output(weight_size=100, output_size=100)
+    assert _wrap.scales_output(100, 99, in_order=True)
+    assert not _wrap.scales_output(100, 100, in_order=True)
+    assert _wrap.scales_output(100, 50, in_order=False)
+    assert not _wrap.scales_output(100, 51, in_order=False)
 
 
 made_up = core.Primitive("made_up")  # 2x, but nobody knows

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
-from wnjax._riding import after, lay_out, times
+from wnjax._riding import after, is_alone, lay_out, times
 from wnjax._walk.sums import RULES as CONSUMERS
 from wnjax._walk.tracks import Info, Track
 from wnjax._walk.walker import Walk, captured_info, inner_jaxpr, inputs_of, opened, scan_parts
@@ -83,7 +83,7 @@ class _Evaluation:
         """A product with v, and the scale on its output."""
         weight_first = bool(self.tracks(ins[0][0]))
         info, x = ins[1 if weight_first else 0]
-        if jax.device_count() == 1:  # with several, one would have to tell the others
+        if is_alone():
             x, scale = after(x, scale)
         ins = [ins[0], (info, x)] if weight_first else [(info, x), ins[1]]
         ((info, output),) = self.bind(eqn, outs, ins)

@@ -39,6 +39,11 @@ def lay_out(scale: jax.Array, layout: Layout) -> jax.Array:
     return flat.reshape([math.prod(parts) for parts in full])
 
 
+def is_alone() -> bool:
+    """Whether nothing can be sharded, so that `after` sends nothing from device to device."""
+    return jax.device_count() == 1
+
+
 @jax.custom_jvp
 def after(x: jax.Array, scale: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The identity, whose derivative finds that of `scale` only after that of `x`.

@@ -11,7 +11,7 @@ from wnjax._axes import Axes, Neuron, canonical_axes, decide
 from wnjax._leaves import flatten, listing, rebox, unbox, unbox_node
 from wnjax._neurons import neurons
 from wnjax._nodes import WeightNorm as Node
-from wnjax._nodes import weight
+from wnjax._nodes import fan_in_axes, weight
 from wnjax._weight_norm import weight_norm
 
 
@@ -34,6 +34,7 @@ class WeightNorm(nnx.Module):
     Attributes:
       layer_instance: the module, with v in the place of its weights.
       g: the gains: nested dicts of `nnx.Param`, by the paths of the weights.
+      fan_in_axes: of every weight, by its path, counted from the end.
       needs_check: whether tracing has not yet confirmed the axes.
 
     >>> import jax.numpy as jnp, optax
@@ -62,8 +63,9 @@ class WeightNorm(nnx.Module):
         """
         self.layer_instance = layer_instance
         self.g: Any = nnx.Dict()
-        chosen = None if isinstance(axes, str) else axes
-        self.needs_check = isinstance(axes, str)
+        self.fan_in_axes: tuple[tuple[str, tuple[int, ...]], ...] = ()
+        self.needs_check = isinstance(axes, str) and axes == "traced"
+        chosen: Any = None if self.needs_check else axes
         decisions = decide(nnx.state(layer_instance, nnx.Param), chosen)
         if not self.needs_check or any(isinstance(what, Neuron) for _, _, what in decisions):
             self._normalize(chosen)
@@ -95,11 +97,23 @@ class WeightNorm(nnx.Module):
         graph, params, rest = _split(self.layer_instance)
         gains = {path: unbox(g) for path, g in flatten(nnx.state(self.g, nnx.Param))[0]}
         boxes, treedef = flatten(params)
+        nodes = {path: Node(gains[path], unbox(box)) for path, box in boxes if path in gains}
+        self._check_shapes(nodes)
         weights = treedef.unflatten(
-            rebox(box, weight(Node(gains[path], unbox(box))) if path in gains else unbox(box))
-            for path, box in boxes
+            rebox(box, weight(nodes[path]) if path in nodes else unbox(box)) for path, box in boxes
         )
         return nnx.merge(graph, weights, rest, copy=True)
+
+    def _check_shapes(self, nodes: dict[str, Node]) -> None:
+        """Finds an optimizer whose state, of other shapes, has broadcast the gains."""
+        for path, fan_in in self.fan_in_axes:
+            g, v = nodes[path]
+            if any(g.shape[axis] != 1 for axis in fan_in):  # from the end: g may be stacked
+                raise ValueError(
+                    f"WeightNorm: the gain of {path} has shape {g.shape} beside v of shape "
+                    f"{v.shape}, but the fan-in axes are {fan_in}. An optimizer that was made "
+                    "before the first call has stretched it: make the optimizer after that"
+                )
 
     def _normalize(self, axes: Any) -> None:
         """Takes v and g from what the Params hold now, which is w."""
@@ -120,6 +134,11 @@ class WeightNorm(nnx.Module):
             vs.append(rebox(outer_v, node.v))
         nnx.update(self.layer_instance, treedef.unflatten(vs))
         self.g = _dicts(gains)
+        self.fan_in_axes = tuple(
+            (path, tuple(axis - node.v.ndim for axis in fan_in_axes(node)))
+            for path, box in boxes
+            if (node := unbox_node(box)) is not None
+        )
 
     def _check(self, args: Any, kwargs: Any) -> None:
         """Compares the gains with what tracing finds, and takes them anew if they differ."""
