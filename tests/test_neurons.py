@@ -256,6 +256,39 @@ def test_summary():
     assert summary.endswith("1 of 3 leaves are weights of neurons")
 
 
+NO_BIAS = {
+    "of_part_of_the_neurons": lambda w, b, x: (x @ w[:, :3] + b[:3], x @ w[:, 3:]),
+    "in_reversed_order": lambda w, b, x: x @ w + b[::-1],
+    "in_another_order": lambda w, b, x: x @ w + b[np.array([2, 0, 1, 3])],
+    "subtracted": lambda w, b, x: x @ w - b,
+    "multiplied": lambda w, b, x: x @ w + 3 * b,
+    "a_part_of_more": lambda w, b, x: x @ w[:, :2] + b[:2],
+}
+
+
+@pytest.mark.parametrize("name", NO_BIAS)
+def test_what_is_no_bias_of_exactly_these_neurons(name):
+    params = {"w": jnp.ones((4, 4)), "b": jnp.ones(4)}
+    with jax.numpy_rank_promotion("allow"):
+        found = wnjax.neurons(
+            lambda p, x: NO_BIAS[name](p["w"], p["b"], x), params, jnp.ones((2, 4))
+        )
+    assert found["w"].bias is None
+    assert found["w"].feature_axes == (1,)
+    assert found["b"].reason == "added to activations"
+
+
+def test_positions_that_are_picked_and_summed_over():
+    """Axis 0 is both: summed over along one axis of the picked positions, kept along the other."""
+    positions = np.array([[0, 1, 2, 3], [1, 2, 3, 4], [2, 3, 4, 0]])
+
+    def fn(w, x):
+        return jnp.einsum("bui,tuio->bto", x, w[positions])
+
+    found = wnjax.neurons(fn, jnp.ones((5, 4, 6)), jnp.ones((2, 4, 4)))
+    assert found.reason == "only part of axis 0 is summed"
+
+
 LETTERS = "abcdef"
 
 

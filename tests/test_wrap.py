@@ -264,6 +264,115 @@ def test_an_unknown_operation_gets_the_folded_weight():
     chex.assert_trees_all_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
+@jax.custom_vjp
+def reversed_gradient(w):
+    return w
+
+
+reversed_gradient.defvjp(lambda w: (w, None), lambda _, ct: (-ct,))
+
+
+@jax.custom_jvp
+def with_tanh(w):
+    return w, jnp.tanh(w)
+
+
+with_tanh.defjvp(lambda w, dw: (with_tanh(*w), (2 * dw[0], dw[0])))
+
+
+def two_outputs(w, x):
+    w, other = with_tanh(w)
+    return x @ w, other
+
+
+def from_the_body(w, x):
+    carry, _ = jax.lax.scan(lambda c, _: (w, None), jnp.zeros((4, 4)), None, length=2)
+    return x @ carry, x @ w
+
+
+def last_slice(w, x):
+    def step(carry, w):
+        return (jnp.tanh(carry[0] @ w), w), None
+
+    return jax.lax.scan(step, (x, jnp.zeros((4, 4))), jnp.stack([w, 2 * w]))[0]
+
+
+def last_slice_of_a_stack(w, x):
+    w = w.reshape(2, 2, 4)
+
+    def step(carry, w):
+        return (jnp.tanh(carry[0] @ w @ jnp.ones((4, 2))), w), None
+
+    return jax.lax.scan(step, (x[:, :2], jnp.zeros((2, 4))), w)[0]
+
+
+def changed_in_a_loop(w, x):
+    def step(_, carry):
+        return jnp.negative(-carry[0]), jnp.tanh(carry[0])
+
+    same, other = jax.lax.fori_loop(0, 2, step, (w, jnp.zeros((4, 4))))
+    return x @ same, other
+
+
+SILENT = {  # what a reader found that wrap once computed from v, or scaled twice
+    "complex": lambda w, x: jnp.abs(jnp.fft.fft(x) @ w.astype(jnp.complex64)),
+    "custom_vjp_on_the_weight": lambda w, x: x @ reversed_gradient(w),
+    "custom_jvp_with_two_outputs": two_outputs,
+    "weight_from_the_body_of_a_scan": from_the_body,
+    "last_slice_leaves_a_scan": last_slice,
+    "last_slice_of_a_stack": last_slice_of_a_stack,
+    "changed_in_a_loop": changed_in_a_loop,
+    "scan_over_a_new_axis": lambda w, x: jax.lax.scan(lambda c, w: (c @ w, None), x, w[None])[0],
+    "output_and_use": lambda w, x: (x @ w, w.T),
+    "concatenated_output": lambda w, x: (x @ w, jnp.concatenate([w, w])),
+}
+
+
+@pytest.mark.usefixtures("always_on_outputs", "devices")
+@pytest.mark.parametrize("name", SILENT)
+def test_weights_that_do_more_than_be_summed_over(name):
+    keys = jax.random.split(jax.random.key(0))
+    w, x = jax.random.normal(keys[0], (4, 4)), jax.random.normal(keys[1], (3, 4))
+    tree = jax.tree.map(lambda a: 1.5 * a + 0.1, wnjax.weight_norm({"w": w}, {"w": -1}))
+
+    def total(f):
+        return lambda tree: sum(jnp.sum(jnp.sin(y)) for y in jax.tree.leaves(f(tree)))
+
+    def fn(params, x):
+        return SILENT[name](params["w"], x)
+
+    actual, expected = (
+        jax.jit(jax.value_and_grad(total(f)))(tree)
+        for f in (lambda t: wnjax.wrap(fn)(t, x), lambda t: fn(wnjax.fold(t), x))
+    )
+    chex.assert_trees_all_close(actual, expected, rtol=2e-4, atol=1e-4)
+
+
+@pytest.mark.usefixtures("always_on_outputs", "devices")
+@pytest.mark.parametrize(
+    "narrow",
+    [
+        lambda w: w.astype(jnp.float16),
+        lambda w: jax.lax.reduce_precision(w, 5, 10).astype(jnp.float16),
+    ],
+)
+def test_computing_in_a_narrow_range(narrow):
+    """v·x would leave float16's range where w·x does not."""
+    tree = {"w": wnjax.WeightNorm(jnp.ones((1, 4)), jnp.full((4, 4), 3e5))}
+    y = wnjax.wrap(lambda p, x: x.astype(jnp.float16) @ narrow(p["w"]))(tree, jnp.ones((2, 4)))
+    chex.assert_trees_all_close(y, jnp.full((2, 4), 2, jnp.float16), rtol=1e-2)
+
+
+def test_static_leaves_beside_nodes():
+    tree = wnjax.weight_norm({"w": jnp.eye(3)}, {"w": -1}) | {"eps": 2.0, "name": "relu"}
+
+    def fn(params, x):
+        return getattr(jax.nn, params["name"])(x @ params["w"] + params["eps"])
+
+    assert wnjax.neurons(fn, tree, jnp.ones((1, 3)))["eps"].reason == "not an array"
+    chex.assert_trees_all_close(wnjax.wrap(fn)(tree, jnp.ones((1, 3))), jnp.full((1, 3), 3.0))
+
+
 @pytest.mark.usefixtures("always_on_outputs", "devices")
 def test_zero_gains_train():
     def fn(params, x):

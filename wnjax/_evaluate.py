@@ -13,7 +13,15 @@ from jax.extend import core
 from wnjax._riding import after, is_alone, lay_out, times
 from wnjax._walk.sums import RULES as CONSUMERS
 from wnjax._walk.tracks import Info, Track
-from wnjax._walk.walker import Walk, captured_info, inner_jaxpr, inputs_of, opened, scan_parts
+from wnjax._walk.walker import (
+    RULES,
+    Walk,
+    captured_info,
+    inner_jaxpr,
+    inputs_of,
+    opened,
+    scan_parts,
+)
 
 Key: TypeAlias = tuple[int, frozenset[tuple[int, int]]]  # a leaf, and the scans that run over it
 Scales: TypeAlias = Mapping[Key, jax.Array]
@@ -72,7 +80,8 @@ class _Evaluation:
             return opened_by(eqn, ins, scales)
         if eqn.primitive.name in CONSUMERS and len(riding) == len(outs[0].sums) == 1:
             return self.consume(eqn, outs, ins, scales[_key(riding[0])])
-        if all(any(_continues(track, out) for out in outs) for track in riding):
+        continues = all(any(_continues(track, out) for out in outs) for track in riding)
+        if eqn.primitive.name in RULES and continues:
             return self.bind(eqn, outs, ins)
         ins = self.scaled(ins, scales)
         return self.bind(eqn, self.walk.equation(eqn, [info for info, _ in ins]), ins)
@@ -146,8 +155,9 @@ class _Evaluation:
         (_, index), *operands = ins
         infos = [info for info, _ in operands]
         branches = [_Closed(self, branch, infos, scales) for branch in eqn.params["branches"]]
-        values = [value for _, value in operands]
-        return branches[0].known(jax.lax.switch(index, branches, values))
+        values = jax.lax.switch(index, branches, [value for _, value in operands])
+        outs = self.walk.equation(eqn, [info for info, _ in ins])
+        return [(dataclasses.replace(o, tracks=()), x) for o, x in zip(outs, values, strict=True)]
 
     def scan(self, eqn: Any, ins: Sequence[Known], scales: Scales) -> list[Known]:
         """The scales of stacked weights are scanned beside them."""

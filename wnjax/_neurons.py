@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -13,11 +14,11 @@ import jax.numpy as jnp
 from jax.extend import core
 
 from wnjax._axes import Decision, FeatureAxes, Neuron, NotNeuron, by_patterns, canonical_axes
-from wnjax._leaves import flatten, listing, rebox, unbox, unbox_node
+from wnjax._leaves import flatten, listing, map_leaves, rebox, unbox, unbox_node
 from wnjax._walk.trace import Traced, is_array, trace
 from wnjax._walk.tracks import ACTIVATION, Info, Note, Site, Use
 from wnjax._walk.walker import Walk, captured_info, leaf_info
-from wnjax._weight_norm import fold
+from wnjax._weight_norm import fold_leaf
 
 # Of several things that happen to a leaf, the one that says best what it is.
 _TELLING = ("lookup table", "bias", "product of two parameters", "scale", "added")
@@ -100,9 +101,13 @@ def _outer_box(leaf: Any) -> Any:
 
 def fold_abstractly(params: chex.ArrayTree) -> chex.ArrayTree:
     """`params` with shapes and dtypes alone in the place of nodes."""
-    if all(unbox_node(leaf) is None for _, leaf in flatten(params)[0]):
-        return params
-    return jax.eval_shape(fold, params)
+
+    def shape_of(path: str, leaf: Any) -> Any:
+        if unbox_node(leaf) is None:
+            return rebox(leaf, unbox(leaf))
+        return jax.eval_shape(functools.partial(fold_leaf, path), leaf)
+
+    return map_leaves(shape_of, params)
 
 
 def input_infos(traced: Traced, arrays: Sequence[Any], plain: chex.ArrayTree) -> list[Info]:

@@ -15,6 +15,8 @@ from wnjax._walk.layout import Layout
 
 def times(value: jax.Array, factor: jax.Array) -> jax.Array:
     """Their product, in the dtype of `value`."""
+    if jnp.iscomplexobj(value):
+        return value * factor.astype(value.dtype)
     return (value.astype(factor.dtype) * factor).astype(value.dtype)
 
 

@@ -131,10 +131,11 @@ def fold(tree: chex.ArrayTree) -> chex.ArrayTree:
     {'kernel': Array([[6.],
            [8.]], dtype=float32)}
     """
-    return map_leaves(_fold_leaf, tree)
+    return map_leaves(fold_leaf, tree)
 
 
-def _fold_leaf(path: str, leaf: Any) -> Any:
+def fold_leaf(path: str, leaf: Any) -> Any:
+    """`fold` of one leaf; errors name its path."""
     node = unbox_node(leaf)
     if node is None:
         return rebox(leaf, unbox(leaf))

@@ -7,8 +7,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from wnjax._walk.layout import Layout, repeated
-from wnjax._walk.rules import Recorder, Rule, end, shapes, sources_of
+from wnjax._walk.layout import Layout, is_complete, leaf_axes, repeated
+from wnjax._walk.rules import Recorder, Rule, end, is_wide, shapes, sources_of, without_ride
 from wnjax._walk.tracks import ACTIVATION, OWN_STATISTICS, Info, Track, is_repeated
 
 
@@ -62,9 +62,10 @@ def _elementwise(recorder: Recorder, eqn: Any, ins: Sequence[Info]) -> list[Info
 
 
 def _convert(recorder: Recorder, eqn: Any, ins: Sequence[Info]) -> list[Info]:
-    if jnp.issubdtype(eqn.params["new_dtype"], jnp.inexact):
-        return [ins[0]]
-    return _elementwise(recorder, eqn, ins)
+    dtype = eqn.params["new_dtype"]
+    if not jnp.issubdtype(dtype, jnp.inexact):
+        return _elementwise(recorder, eqn, ins)
+    return [ins[0] if is_wide(dtype) else without_ride(ins[0])]
 
 
 def _mul(recorder: Recorder, eqn: Any, ins: Sequence[Info]) -> list[Info]:
@@ -99,13 +100,13 @@ def _multiplied(recorder: Recorder, eqn: Any, info: Info, factor: Info) -> tuple
         elif factor.is_activation and not modulates:
             recorder.note(track.leaf, "scale", eqn)
         elif factor.is_activation:
-            kept.append(track.moved(track.layout, is_modulated=True))
+            kept.append(track.moved(track.layout, is_multiple=True))
         elif not factor.tracks or _is_scalar(factor, eqn):
-            kept.append(track)  # a mask, a constant factor
+            kept.append(track.moved(track.layout, is_multiple=True))  # by a mask, or a constant
         elif any(_repeats_along(info, other) for other in factor.tracks):
             recorder.note(track.leaf, "product of two parameters" if repeats else "scale", eqn)
         elif repeats:
-            kept.append(track)  # the factor is the scale of its features
+            kept.append(track.moved(track.layout, is_multiple=True))  # by a scale of its features
         else:
             recorder.note(track.leaf, "product of two parameters", eqn)
     return tuple(kept)
@@ -124,7 +125,8 @@ def _plus(recorder: Recorder, eqn: Any, info: Info, other: Info) -> tuple[Track,
         own = [t for t in info.tracks if other.depends_on(t.leaf) and not other.tracks]
         return _changed(info, OWN_STATISTICS if own else eqn.primitive.name)
     for track in info.tracks:
-        weights = {s.leaf for s in other.sums if _is_bias_of(track, s)}
+        weights = {s.leaf for s in other.sums if _is_bias_of(recorder, track, s)}
+        weights = weights - {track.leaf} if eqn.primitive.name != "sub" else set()
         for weight in weights:
             recorder.bias(weight, track.leaf)
         recorder.note(track.leaf, "bias" if weights else "added to activations", eqn)
@@ -146,10 +148,18 @@ def _shifted(info: Info, other: Info) -> tuple[Track, ...]:
     )
 
 
-def _is_bias_of(track: Track, neurons: Track) -> bool:
+def _is_bias_of(recorder: Recorder, track: Track, neurons: Track) -> bool:
     """Whether a parameter has one number for every neuron, and no more."""
-    if track.changed or track.is_indexed:
+    if track.changed or track.is_indexed or track.is_multiple:
         return False
+    for one in (track, neurons):
+        shape = recorder.shape(one.leaf)
+        present = leaf_axes(one.layout)
+        if not all(is_complete(one.layout, axis, shape[axis]) for axis in present):
+            return False
+    picked = {axis for axis in track.stacked if recorder.shape(track.leaf)[axis] > 1}
+    if picked and not neurons.stacked:
+        return False  # a part of something larger
     return all(
         is_repeated(bias) and is_repeated(features)
         if is_repeated(bias) or is_repeated(features)

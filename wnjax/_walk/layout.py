@@ -157,6 +157,8 @@ def cut(axis: Axis, start: int, stop: int, step: int = 1) -> Axis | None:
 def _shorten(atoms: tuple[Atom, ...], size: int, step: int, start: int) -> tuple[Atom, ...]:
     """`size` of the positions that `atoms` fill, every `step` of them, from `start` on."""
     sizes = [atom.size for atom in atoms]
+    if size == 0:
+        raise NoLayout
     if size == math.prod(sizes):
         return atoms
     if size == 1:
@@ -184,16 +186,31 @@ def pick(axis: Axis, size: int) -> Axis:
     return whole(*_shorten(axis.atoms, size, 1, 0))
 
 
-def resize(axis: Axis, size: int) -> Axis:
-    """`size` positions of `axis` in any order.
+def picked(axes: Sequence[Axis], size: int) -> Axis:
+    """An axis of `size` positions, each of which is some position of all `axes` together."""
+    leaf = sorted(leaf_axes(axes))
+    first, others = leaf[:1], leaf[1:]
+    atoms = [*(Atom(axis, 0, size) for axis in first), *(Atom(axis, 0, 1) for axis in others)]
+    return whole(*atoms) if atoms else repeated(size)
+
+
+def flip(axis: Axis) -> Axis:
+    """`axis` from its end.
 
     Raises:
-      NoLayout: if they are not of one stretch.
+      NoLayout: if atoms do not fill it.
     """
-    long = [atom for atom in axis.atoms if atom.size > 1]
-    if not axis.is_whole or len(long) != 1:
+    if not axis.is_whole:
         raise NoLayout
-    return whole(long[0]._replace(size=size))
+    return whole(*(atom._replace(stride=-atom.stride) for atom in axis.atoms))
+
+
+def is_complete(layout: Iterable[Axis], axis: int, size: int) -> bool:
+    """Whether an axis of the leaf lies in `layout` as a whole, with its positions in order."""
+    atoms = sorted((a for a in atoms_of(layout) if a.axis == axis and a.size > 1), reverse=True)
+    strides = [math.prod(atom.size for atom in atoms[i + 1 :]) for i in range(len(atoms))]
+    total = math.prod(atom.size for atom in atoms)
+    return total == size and [atom.stride for atom in atoms] == strides
 
 
 def tile(axis: Axis, copies: int) -> Axis:

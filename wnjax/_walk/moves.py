@@ -6,13 +6,30 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from wnjax._walk.layout import Axis, Layout, NoLayout, cut, pick, repeated, reshape, resize, tile
-from wnjax._walk.rules import Recorder, Rule, end, move, shapes, sources_of
+from wnjax._walk.layout import (
+    Axis,
+    Layout,
+    NoLayout,
+    cut,
+    flip,
+    pick,
+    picked,
+    repeated,
+    reshape,
+    tile,
+)
+from wnjax._walk.rules import Recorder, Rule, end, move, shapes, sources_of, without_ride
 from wnjax._walk.tracks import ACTIVATION, Info, is_repeated
 
 
 def _neg(recorder: Recorder, eqn: Any, ins: Sequence[Info]) -> list[Info]:
-    return [Info(ins[0].tracks, (), ins[0].sources, ins[0].constant)]
+    tracks = tuple(dataclasses.replace(track, is_multiple=True) for track in ins[0].tracks)
+    return [dataclasses.replace(ins[0], tracks=tracks, sums=())]
+
+
+def _reduce_precision(recorder: Recorder, eqn: Any, ins: Sequence[Info]) -> list[Info]:
+    """With a narrow range, v·x may leave it where w·x does not."""
+    return [ins[0] if eqn.params["exponent_bits"] >= 8 else without_ride(ins[0])]
 
 
 def _same(recorder: Recorder, eqn: Any, ins: Sequence[Info]) -> list[Info]:
@@ -21,7 +38,7 @@ def _same(recorder: Recorder, eqn: Any, ins: Sequence[Info]) -> list[Info]:
 
 def _stop_gradient(recorder: Recorder, eqn: Any, ins: Sequence[Info]) -> list[Info]:
     """Not intact: a factor on the output would let the gradient through."""
-    return [move(recorder, eqn, ins[0], lambda x: x, ins[0].constant, is_intact=False)]
+    return [without_ride(ins[0])]
 
 
 def _transpose(recorder: Recorder, eqn: Any, ins: Sequence[Info]) -> list[Info]:
@@ -65,10 +82,10 @@ def _squeeze(recorder: Recorder, eqn: Any, ins: Sequence[Info]) -> list[Info]:
 
 
 def _rev(recorder: Recorder, eqn: Any, ins: Sequence[Info]) -> list[Info]:
+    dimensions = eqn.params["dimensions"]
+
     def to(layout: Layout) -> Layout:
-        if not all(layout[i].is_whole for i in eqn.params["dimensions"]):
-            raise NoLayout
-        return layout
+        return tuple(flip(axis) if i in dimensions else axis for i, axis in enumerate(layout))
 
     return [move(recorder, eqn, ins[0], to, ins[0].constant, is_intact=False)]
 
@@ -119,19 +136,14 @@ def _looked_up(recorder: Recorder, eqn: Any, out: Info, indices: Sequence[Info])
 def _gather(recorder: Recorder, eqn: Any, ins: Sequence[Info]) -> list[Info]:
     numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
     shape = tuple(eqn.outvars[0].aval.shape)
-    batching = tuple(numbers.operand_batching_dims)
-    dropped = {*numbers.collapsed_slice_dims, *batching}
+    collapsed, batching = numbers.collapsed_slice_dims, numbers.operand_batching_dims
     batch = [i for i in range(len(shape)) if i not in numbers.offset_dims]
-
-    collapsed = tuple(numbers.collapsed_slice_dims)
-    # Positions that are known and picked from one axis: a permutation of it, or a part.
-    is_choice = not sources_of(ins[1:]) and len(collapsed) == len(batch) == 1
 
     def to(layout: Layout) -> Layout:
         axes = [repeated(size) for size in shape]
-        kept = [i for i in range(len(layout)) if i not in dropped]
-        if is_choice:
-            axes[batch[0]] = resize(layout[collapsed[0]], shape[batch[0]])
+        for dim in batch:
+            axes[dim] = picked([layout[i] for i in collapsed], shape[dim])
+        kept = [i for i in range(len(layout)) if i not in {*collapsed, *batching}]
         for i, dim in zip(kept, numbers.offset_dims, strict=True):
             axes[dim] = pick(layout[i], sizes[i])
         for i, dim in zip(batching, numbers.start_indices_batching_dims, strict=True):
@@ -197,7 +209,7 @@ def _psum(recorder: Recorder, eqn: Any, ins: Sequence[Info]) -> list[Info]:
 
 IDENTITIES = (
     "copy", "copy_p", "device_put", "layout_constraint", "mesh_cast", "name",
-    "optimization_barrier", "pcast", "pvary", "reduce_precision", "reshard",
+    "optimization_barrier", "pcast", "pvary", "reshard",
     "sharding_constraint",
 )  # fmt: skip
 
@@ -206,6 +218,7 @@ RULES: dict[str, Rule] = {
     "reduce_sum": _reduce_sum,
     "neg": _neg,
     **dict.fromkeys(IDENTITIES, _same),
+    "reduce_precision": _reduce_precision,
     "stop_gradient": _stop_gradient,
     "transpose": _transpose,
     "reshape": _reshape,

@@ -6,10 +6,13 @@ tracks, and the walk says so: nothing is guessed.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
+
+import jax.numpy as jnp
 
 from wnjax._walk.layout import Layout, NoLayout
 from wnjax._walk.tracks import Info, Site, Use
@@ -34,6 +37,17 @@ def unknown(recorder: Recorder, eqn: Any, ins: Sequence[Info]) -> list[Info]:
         for track in info.tracks:
             recorder.note(track.leaf, f"unknown operation {eqn.primitive.name}", eqn)
     return [Info(sources=sources_of(ins)) for _ in eqn.outvars]
+
+
+def is_wide(dtype: Any) -> bool:
+    """Whether v·x fits a dtype as w·x does: it is real, and its range is float32's or so."""
+    return jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).maxexp > 16
+
+
+def without_ride(info: Info) -> Info:
+    """The same value, on whose output no scale may be put any more."""
+    tracks = tuple(dataclasses.replace(track, is_intact=False) for track in info.tracks)
+    return dataclasses.replace(info, tracks=tracks)
 
 
 def sources_of(ins: Sequence[Info]) -> int:

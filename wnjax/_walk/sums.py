@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from wnjax._walk.layout import atoms_of, repeated
-from wnjax._walk.rules import Recorder, Rule, end, move, shapes, sources_of, unknown
+from wnjax._walk.rules import Recorder, Rule, end, is_wide, move, shapes, sources_of, unknown
 from wnjax._walk.tracks import ACTIVATION, OWN_STATISTICS, Info, Track, Use, has_copies
 
 
@@ -92,6 +92,9 @@ def _consume(
     refusal = None if other.sources else "the other operand is constant"
     sums, sources = [], weight.sources | other.sources
     for track in weight.tracks:
+        summed = atoms_of(axis for axis, at in zip(track.layout, places, strict=True) if at is None)
+        if track.is_indexed and any(atom.stride == 0 and atom.axis is not None for atom in summed):
+            continue  # a sum over what was looked up
         use = _use(recorder, eqn, track, places, refusal)
         if not use.fan_in:
             recorder.note(track.leaf, "scale", eqn)
@@ -124,7 +127,8 @@ def _use(
             refusal = refusal or f"only part of axis {axis} is summed"
             fan_in.add(axis)
     site, size = recorder.site(eqn), math.prod(eqn.outvars[0].aval.shape)
-    rides = track.is_intact and refusal is None and site.is_direct
+    is_safe = is_wide(eqn.outvars[0].aval.dtype) and refusal is None
+    rides = track.is_intact and is_safe and site.is_direct
     return Use(track.leaf, frozenset(fan_in), frozenset(features), refusal, site, size, rides)
 
 

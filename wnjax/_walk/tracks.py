@@ -27,7 +27,7 @@ class Track:
       scanned: of these, the axes that scans run over, and how deep these are nested.
       changed: what turned the value into another function of the leaf than a multiple of it.
       is_indexed: whether data pick a position: an embedding, an expert.
-      is_modulated: whether it was multiplied by data.
+      is_multiple: whether it was multiplied by anything.
       is_intact: whether it is the whole leaf, but for the axes that scans run over.
     """
 
@@ -37,7 +37,7 @@ class Track:
     scanned: frozenset[tuple[int, int]] = frozenset()
     changed: str | None = None
     is_indexed: bool = False
-    is_modulated: bool = False
+    is_multiple: bool = False
     is_intact: bool = True
 
     def moved(self, layout: Layout, **changes: Any) -> Track:
@@ -142,4 +142,6 @@ def is_repeated(axis: Axis) -> bool:
 
 def has_copies(track: Track) -> bool:
     """Whether the value holds its leaf several times."""
-    return any(atom.axis is None and atom.size > 1 for atom in atoms_of(track.layout))
+    return any(
+        atom.size > 1 and (atom.axis is None or atom.stride == 0) for atom in atoms_of(track.layout)
+    )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -17,7 +18,7 @@ from jax.extend import core, source_info_util
 
 from wnjax._walk import arithmetic, layout, moves, sums
 from wnjax._walk.layout import Layout
-from wnjax._walk.rules import move, sources_of, unknown
+from wnjax._walk.rules import move, sources_of, unknown, without_ride
 from wnjax._walk.tracks import CAPTURED, FIRST_LEAF, Info, Note, Site, Track, Use, is_repeated
 
 # Source lines are the user's, also where our modules call Flax's.
@@ -152,7 +153,8 @@ class Walk:
         jaxpr, consts = opened(inner_jaxpr(eqn))
         is_direct = eqn.primitive.name in TRANSPARENT and not eqn.params.get("differentiated")
         with self.inside(is_direct=is_direct):
-            return self.run(jaxpr, [*map(captured_info, consts), *ins])
+            outs = self.run(jaxpr, [*map(captured_info, consts), *ins])
+        return outs if is_direct else list(map(without_ride, outs))
 
     def scan(self, eqn: Any, ins: Sequence[Info]) -> list[Info]:
         """The steps run over the first axes of what is scanned."""
@@ -160,11 +162,13 @@ class Walk:
         jaxpr, consts = opened(eqn.params["jaxpr"])
         with self.inside(trips=eqn.params["length"]):
             outs = self.run(jaxpr, [*map(captured_info, consts), *ins])
-        carried = scan_parts(eqn)[1]
+        first, carried = scan_parts(eqn)
+        carry = ins[first : first + carried]
         for info in outs[carried:]:
             for track in info.tracks:
                 self.note(track.leaf, "unknown operation scan (stacked outputs)", eqn)
-        return [*outs[:carried], *(Info(sources=info.sources) for info in outs[carried:])]
+        after = self._joined(eqn, carry, outs[:carried])
+        return [*after, *(Info(sources=info.sources) for info in outs[carried:])]
 
     def loop_inputs(self, eqn: Any, ins: Sequence[Info]) -> list[Info]:
         """What every step of a scan knows of its inputs."""
@@ -192,9 +196,9 @@ class Walk:
 
     def scanned_axis(self, track: Track) -> int | None:
         """The axis of its leaf that the first axis of a value is; None if it is no whole axis."""
-        (atom, *others), *_ = track.layout[0]
+        atoms = track.layout[0].atoms
         whole = [layout.Atom(axis, 1, n) for axis, n in enumerate(self.shapes[track.leaf])]
-        return atom.axis if atom in whole and not others else None
+        return atoms[0].axis if len(atoms) == 1 and atoms[0] in whole else None
 
     def _fixpoint(self, eqn: Any, carry: list[Info], step: Any) -> list[Info]:
         """What holds of the carried values before every step of a loop."""
@@ -205,10 +209,16 @@ class Walk:
                 if after == carry:
                     break
                 carry = after
-        for before, after_all in zip(start, carry, strict=True):
-            for track in set(before.tracks) - set(after_all.tracks):
-                self.note(track.leaf, "unknown operation: changed by the steps of a loop", eqn)
+        self._joined(eqn, start, carry)
         return carry
+
+    def _joined(self, eqn: Any, carry: Sequence[Info], after: Sequence[Info]) -> list[Info]:
+        """What holds of carried values before and after; the rest of their tracks ends here."""
+        joined = [_join(a, b) for a, b in zip(carry, after, strict=True)]
+        for infos, common in zip(zip(carry, after, strict=True), joined, strict=True):
+            for track in {track for info in infos for track in info.tracks} - {*common.tracks}:
+                self.note(track.leaf, "unknown operation: changed by the steps of a loop", eqn)
+        return joined
 
     def while_loop(self, eqn: Any, ins: Sequence[Info]) -> list[Info]:
         """As often as it runs, whatever the condition."""
@@ -222,7 +232,8 @@ class Walk:
                 eqn, list(ins[num_cond + num_body :]), lambda x: self.run(body, [*for_body, *x])
             )
             self.run(cond, [*for_cond, *carry])
-            return self.run(body, [*for_body, *carry])
+            after = self._joined(eqn, carry, self.run(body, [*for_body, *carry]))
+        return list(map(without_ride, after))
 
     def cond(self, eqn: Any, ins: Sequence[Info]) -> list[Info]:
         """All branches; an output may be any of theirs."""
@@ -245,9 +256,22 @@ class Walk:
                 return tuple(map(layout.shard, before, sizes))
 
             local.append(move(self, eqn, info, to, info.constant))
+        before, self.shapes = self.shapes, self._local_shapes(local)
         with self.inside(is_direct=False):
             outs = self.run(jaxpr, [*map(captured_info, consts), *local])
+        self.shapes = before
         return [Info(sources=info.sources) for info in outs]
+
+    def _local_shapes(self, infos: Sequence[Info]) -> list[tuple[int, ...]]:
+        """The shapes of the leaves, of those that `infos` hold as one device has them."""
+        shapes = list(self.shapes)
+        for track in itertools.chain(*(info.tracks for info in infos)):
+            sizes = list(shapes[track.leaf])
+            for axis in layout.leaf_axes(track.layout):
+                atoms = [a for a in layout.atoms_of(track.layout) if a.axis == axis]
+                sizes[axis] = math.prod(atom.size for atom in atoms)
+            shapes[track.leaf] = tuple(sizes)
+        return shapes
 
     # Where the walk is.
 
