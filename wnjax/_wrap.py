@@ -32,7 +32,8 @@ def wrap(fn: Callable[..., Any]) -> Callable[..., Any]:
 
     (`scales_output` decides, from sizes alone; under `vmap` those of one example). It traces
     `fn`, so call it inside `jit`, as one does with a loss. What tracing does not understand
-    gets the folded weight.
+    gets the folded weight. So does what is computed in float16, whose range v·x may leave where
+    w·x does not; in wider dtypes it may do so only for ‖v‖ beyond what `fold` takes for finite.
 
     Source: Salimans & Kingma 2016, https://arxiv.org/abs/1602.07868, equation 2.
 
