@@ -98,7 +98,7 @@ def scales_output(weight_size: int, output_size: int, in_order: bool) -> bool:
       output_size: the number of elements of all outputs that it makes in one call.
       in_order: whether XLA is told the order that spares it the copy.
     """
-    return output_size < weight_size if in_order else 2 * output_size <= weight_size
+    return output_size < (weight_size if in_order else weight_size / 2)
 
 
 def _riding(walk: Walk, nodes: Mapping[int, Node]) -> set[int]:
