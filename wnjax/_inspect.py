@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from wnjax._axes import Decision, Neuron
 from wnjax._leaves import flatten, unbox, unbox_node
 from wnjax._nodes import LogWeightNorm, Node, fan_in_axes, gain, is_node, scale, sum_of_squares
+from wnjax._walk.trace import is_array
 
 
 def summary(tree: chex.ArrayTree) -> str:
@@ -55,19 +56,15 @@ def _node_table(leaves: list[tuple[str, Any]]) -> str:
     )
 
 
-def _is_array(leaf: Any) -> bool:
-    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
-
-
 def _size(leaf: Any) -> int:
-    return math.prod(leaf.shape) if _is_array(leaf) else 0
+    return math.prod(leaf.shape) if is_array(leaf) else 0
 
 
 def _describe(leaf: Any) -> str:
     if is_node(leaf):
         logarithmic = ", log scale" if isinstance(leaf, LogWeightNorm) else ""
         return f"{_size(leaf[0]):,} neurons, norm over axes {fan_in_axes(leaf)}{logarithmic}"
-    if not _is_array(leaf):
+    if not is_array(leaf):
         return "no: not an array"
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
         return "no: not floating-point"

@@ -72,9 +72,7 @@ class WeightNorm(nn.Module):
         """
 
         def call(layer: nn.Module, args: Any, kwargs: Any) -> Any:
-            function = (
-                getattr(type(layer), method or "__call__") if not callable(method) else method
-            )
+            function = method if callable(method) else getattr(type(layer), method or "__call__")
             return function(layer, *args, **kwargs)
 
         lifted = transforms.lift_transform(_normalized, call, self.axes, self.is_initializing())

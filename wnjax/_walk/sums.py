@@ -8,7 +8,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from wnjax._walk.layout import atoms_of, repeated
-from wnjax._walk.rules import Recorder, Rule, end, is_wide, move, shapes, sources_of, unknown
+from wnjax._walk.rules import (
+    Recorder,
+    Rule,
+    end,
+    is_wide,
+    shapes,
+    sources_of,
+    unknown,
+    without_ride,
+)
 from wnjax._walk.tracks import ACTIVATION, OWN_STATISTICS, Info, Track, Use, has_copies
 
 
@@ -49,7 +58,7 @@ def _ragged_dot(recorder: Recorder, eqn: Any, ins: Sequence[Info]) -> list[Info]
     if not groups:  # only gradients have ragged sums
         return unknown(recorder, eqn, [weight])
     # The groups have no axis in the output, so that no factor can be put there.
-    weight = move(recorder, eqn, weight, lambda layout: layout, is_intact=False)
+    weight = without_ride(weight)
     places = [None if dim in summed else 0 for dim in range(len(shapes(eqn)[1]))]
     out = _consume(recorder, eqn, weight, inputs, places)
     return [Info(sources=out.sources | sources_of(ins))]
