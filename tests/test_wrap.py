@@ -232,8 +232,8 @@ def test_no_weight_is_built_where_outputs_are_smaller():
 
 
 def test_sizes_decide():
-    assert _wrap.scales_output(100, 99, in_order=True)
-    assert not _wrap.scales_output(100, 100, in_order=True)
+    assert _wrap.scales_output(100, 100, in_order=True)
+    assert not _wrap.scales_output(100, 101, in_order=True)
     assert _wrap.scales_output(100, 49, in_order=False)
     assert not _wrap.scales_output(100, 50, in_order=False)
 

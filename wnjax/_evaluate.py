@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
+from wnjax._matrix import matrix_product
 from wnjax._riding import after, is_alone, lay_out, times
 from wnjax._walk.sums import RULES as CONSUMERS
 from wnjax._walk.tracks import Info, Track
@@ -90,13 +91,15 @@ class _Evaluation:
         self, eqn: Any, outs: Sequence[Info], ins: Sequence[Known], scale: jax.Array
     ) -> list[Known]:
         """A product with v, and the scale on its output."""
-        weight_first = bool(self.tracks(ins[0][0]))
-        info, x = ins[1 if weight_first else 0]
+        side = 0 if self.tracks(ins[0][0]) else 1
+        values = [value for _, value in ins]
+        output = None
         if is_alone():
-            x, scale = after(x, scale)
-        ins = [ins[0], (info, x)] if weight_first else [(info, x), ins[1]]
-        ((info, output),) = self.bind(eqn, outs, ins)
-        return [(info, times(output, lay_out(scale, info.sums[0].layout)))]
+            values[1 - side], scale = after(values[1 - side], scale)
+            output = matrix_product(eqn, values, side)
+        if output is None:
+            ((_, output),) = self.bind(eqn, outs, [(Info(), value) for value in values])
+        return [(outs[0], times(output, lay_out(scale, outs[0].sums[0].layout)))]
 
     def openers(self) -> dict[str, Callable[[Any, Sequence[Known], Scales], Sequence[Known]]]:
         """By primitive: how to compute it with v among its operands."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -46,7 +47,7 @@ def is_alone() -> bool:
     return jax.device_count() == 1
 
 
-@jax.custom_jvp
+@functools.partial(jax.jit, inline=True)  # traced once for all layers of a shape
 def after(x: jax.Array, scale: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The identity, whose derivative finds that of `scale` only after that of `x`.
 
@@ -55,10 +56,15 @@ def after(x: jax.Array, scale: jax.Array) -> tuple[jax.Array, jax.Array]:
     XLA cannot know which comes first, and copies v: two of the three passes over v that weight
     norm then adds to a training step. (It drops `optimization_barrier`s before it decides.)
     """
+    return _identity(x, scale)
+
+
+@jax.custom_jvp
+def _identity(x: jax.Array, scale: jax.Array) -> tuple[jax.Array, jax.Array]:
     return x, scale
 
 
-def _after(primals: Any, tangents: Any) -> Any:
+def _in_order(primals: Any, tangents: Any) -> Any:
     (x, scale), (dx, dscale) = primals, tangents
     if isinstance(dx, SymbolicZero) or isinstance(dscale, SymbolicZero) or not x.size:
         return (x, scale), (dx, dscale)
@@ -70,4 +76,4 @@ def _after(primals: Any, tangents: Any) -> Any:
     return (x, scale), ((rows + padded).reshape(dx.shape), dscale)
 
 
-after.defjvp(_after, symbolic_zeros=True)
+_identity.defjvp(_in_order, symbolic_zeros=True)
