@@ -4,6 +4,8 @@ from wnjax import linen as linen
 from wnjax import nnx as nnx
 from wnjax._axes import Neuron as Neuron
 from wnjax._axes import NotNeuron as NotNeuron
+from wnjax._data_init import Initialized as Initialized
+from wnjax._data_init import data_init as data_init
 from wnjax._inspect import labels as labels
 from wnjax._inspect import norms as norms
 from wnjax._inspect import summary as summary

@@ -82,8 +82,12 @@ class NotNeuron:
 Decision = Neuron | NotNeuron
 
 
-def decide(params: chex.ArrayTree, axes: Axes = None) -> list[tuple[str, Any, Decision]]:
+def decide(
+    params: chex.ArrayTree, axes: Axes = None, *, is_part: bool = False
+) -> list[tuple[str, Any, Decision]]:
     """What `axes` says of every leaf of `params`, in the order of `flatten`.
+
+    With `is_part`, `axes` may speak of leaves that `params` lacks.
 
     Returns:
       A list of (slash path, leaf without its box, decision).
@@ -98,11 +102,11 @@ def decide(params: chex.ArrayTree, axes: Axes = None) -> list[tuple[str, Any, De
     if axes is None:
         decisions = [by_flax_names(path, leaf) for path, leaf in leaves]
     elif _holds_decisions(axes):
-        decisions = _by_tree(axes, paths)  # before callables: an Equinox module is both
+        decisions = _by_tree(axes, paths, is_part)  # before callables: an Equinox module is both
     elif callable(axes):
         decisions = [_by_callable(axes, path, leaf) for path, leaf in leaves]
     elif isinstance(axes, Mapping):
-        chosen = by_patterns(axes, paths, "axes")
+        chosen = by_patterns(axes, paths, "axes", is_part=is_part)
         decisions = [decision or NotNeuron("no pattern matches") for decision in chosen]
     else:
         raise TypeError(
@@ -145,9 +149,17 @@ def _by_callable(axes: Callable[[str, Any], Any], path: str, leaf: Any) -> Decis
 
 
 def by_patterns(
-    patterns: Mapping[str, Any], paths: Sequence[str], argument: str
+    patterns: Mapping[str, Any], paths: Sequence[str], argument: str, *, is_part: bool = False
 ) -> list[Decision | None]:
-    """What the first pattern that matches a path says of it; None where none does.
+    """What the first pattern that matches a path says of it; None where none does."""
+    firsts = first_patterns(patterns, paths, argument, is_part=is_part)
+    return [_by_pattern(patterns, first) for first in firsts]
+
+
+def first_patterns(
+    patterns: Mapping[str, Any], paths: Sequence[str], argument: str, *, is_part: bool = False
+) -> list[str | None]:
+    """The first pattern that matches each path; None where none does.
 
     Raises:
       ValueError: if a pattern matches no path, never applies or is no regular expression.
@@ -157,7 +169,7 @@ def by_patterns(
         path: [pattern for pattern, regex in compiled.items() if regex.fullmatch(path)]
         for path in paths
     }
-    for pattern in compiled:
+    for pattern in () if is_part else compiled:
         if not any(pattern in matching for matching in matches.values()):
             raise ValueError(
                 f"{argument}: the pattern {pattern!r} matches no leaf (it must match the whole "
@@ -169,15 +181,15 @@ def by_patterns(
                 f"{argument}: the pattern {pattern!r} never applies, since the first match wins "
                 "and patterns before it match all its leaves. Put it before them"
             )
-    return [_by_pattern(patterns, matches[path]) for path in paths]
+    return [next(iter(matches[path]), None) for path in paths]
 
 
-def _by_pattern(patterns: Mapping[str, Any], matching: list[str]) -> Decision | None:
-    if not matching:
+def _by_pattern(patterns: Mapping[str, Any], pattern: str | None) -> Decision | None:
+    if pattern is None:
         return None
-    if patterns[matching[0]] is None:
-        return NotNeuron(f"the pattern {matching[0]!r} says None")
-    return Neuron(patterns[matching[0]])
+    if patterns[pattern] is None:
+        return NotNeuron(f"the pattern {pattern!r} says None")
+    return Neuron(patterns[pattern])
 
 
 def _compile(pattern: Any, argument: str) -> re.Pattern[str]:
@@ -196,11 +208,12 @@ def _nearest(pattern: str, paths: Iterable[str]) -> list[str]:
     return difflib.get_close_matches(words, paths, n=5, cutoff=0.0)
 
 
-def _by_tree(axes: Any, paths: list[str]) -> list[Decision]:
+def _by_tree(axes: Any, paths: list[str], is_part: bool) -> list[Decision]:
     decisions = {path: unbox(leaf) for path, leaf in flatten(axes)[0]}
     if missing := [path for path in paths if path not in decisions]:
         raise ValueError(f"axes: the tree says nothing of these leaves:{listing(missing)}")
-    if unexpected := [path for path in decisions if path not in set(paths)]:
+    unexpected = [path for path in decisions if path not in set(paths)]
+    if unexpected and not is_part:
         raise ValueError(f"axes: the tree has leaves that params lacks:{listing(unexpected)}")
     for path, decision in decisions.items():
         if not isinstance(decision, Decision):

@@ -43,21 +43,26 @@ def evaluate(
       shapes: the shapes of all leaves.
       scales: g/‖v‖, of g's shape, of the leaves for which the values are v.
     """
-    evaluation = _Evaluation(Walk(shapes), scales.keys(), jaxpr)
+    evaluation = Evaluation(Walk(shapes), scales.keys(), jaxpr)
     keyed: Scales = {(leaf, frozenset()): scale for leaf, scale in scales.items()}
     outs = evaluation.run(jaxpr, ins, keyed)
     return [value for _, value in evaluation.scaled(outs, keyed)]
 
 
-class _Evaluation:
+class Evaluation:
     """Computes jaxprs of which some inputs are v instead of w, as if they were w.
 
     The walk says where such a value is. Its scale goes on the output of the equation that sums
     over it, or on the value itself before anything but a rearrangement happens to it.
+
+    Attributes:
+      found: what a subclass learns of leaves on the way: arrays of a leaf's rank, of which a
+        scan over the leaf makes one again.
     """
 
     def __init__(self, walk: Walk, riding: Collection[int], jaxpr: Any):
         self.walk, self.riding, self.jaxpr = walk, riding, jaxpr
+        self.found: dict[Key, Any] = {}
 
     def run(self, jaxpr: Any, ins: Iterable[Known], scales: Scales) -> list[Known]:
         """The outputs of an open jaxpr, given its constants and inputs; v may be among them."""
@@ -80,7 +85,7 @@ class _Evaluation:
         if opened_by := self.openers().get(eqn.primitive.name):
             return opened_by(eqn, ins, scales)
         if eqn.primitive.name in CONSUMERS and len(riding) == len(outs[0].sums) == 1:
-            return self.consume(eqn, outs, ins, scales[_key(riding[0])])
+            return self.consume(eqn, outs, ins, scales[key_of(riding[0])])
         continues = all(any(_continues(track, out) for out in outs) for track in riding)
         if eqn.primitive.name in RULES and continues:
             return self.bind(eqn, outs, ins)
@@ -134,7 +139,7 @@ class _Evaluation:
         for info, value in ins:
             w = value
             for track in self.tracks(info):
-                w = times(w, lay_out(scales[_key(track)], track.layout))
+                w = times(w, lay_out(scales[key_of(track)], track.layout))
             result.append((dataclasses.replace(info, tracks=()), w))
         return result
 
@@ -174,23 +179,27 @@ class _Evaluation:
             for pair, info in zip(ins, infos, strict=True)
         ]
 
-        def body(carry: list[Any], slices: Any) -> tuple[list[Any], list[Any]]:
+        before, keys = self.found, list[Key]()
+
+        def body(carry: list[Any], slices: Any) -> tuple[list[Any], Any]:
             xs, factors = slices
             inner = constant | {
                 key: jnp.expand_dims(factor, axis)
                 for (key, axis), factor in zip(stacked, factors, strict=True)
             }
             known = zip(infos, [*values[:num_consts], *carry, *xs], strict=True)
+            self.found = {}
             with self.walk.inside():
                 outs = self.run(jaxpr, [*_captured(captured), *known], inner)
+            keys[:] = self.found
             kept = [bool(self.tracks(info)) for info in infos[num_consts:first_x]]
             final = [
                 out[1] if keep else self.scaled([out], inner)[0][1]
                 for keep, out in zip(kept + [False] * (len(outs) - num_carry), outs, strict=True)
             ]
-            return final[:num_carry], final[num_carry:]
+            return final[:num_carry], (final[num_carry:], [*self.found.values()])
 
-        carry, ys = jax.lax.scan(
+        carry, (ys, found) = jax.lax.scan(
             body,
             values[num_consts:first_x],
             (values[first_x:], list(stacked.values())),
@@ -198,8 +207,16 @@ class _Evaluation:
             reverse=eqn.params["reverse"],
             unroll=eqn.params["unroll"],
         )
+        self.found = before | dict(map(self.stacked, keys, found))
         outs = self.walk.equation(eqn, [info for info, _ in ins])
         return self.scaled(zip(outs, [*carry, *ys], strict=True), scales)
+
+    def stacked(self, key: Key, found: Any) -> tuple[Key, Any]:
+        """What every step of a scan found, along the axis of the leaf that the scan runs over."""
+        leaf, scanned = key
+        ((axis, depth),) = ((axis, depth) for axis, depth in scanned if depth == self.walk.depth)
+        one = jax.tree.map(lambda x: jnp.moveaxis(x.squeeze(axis + 1), 0, axis), found)
+        return (leaf, scanned - {(axis, depth)}), one
 
     def sliced(
         self, xs: Sequence[Known], scales: Scales
@@ -212,7 +229,7 @@ class _Evaluation:
                 if axis is None:
                     continue
                 key = (track.leaf, track.scanned | {(axis, self.walk.depth)})
-                scale = scales[_key(track)]
+                scale = scales[key_of(track)]
                 if scale.shape[axis] == 1:
                     constant[key] = scale
                 else:
@@ -223,7 +240,7 @@ class _Evaluation:
 class _Closed:
     """A jaxpr as a function of values alone, for JAX to transform."""
 
-    def __init__(self, evaluation: _Evaluation, jaxpr: Any, infos: Sequence[Info], scales: Scales):
+    def __init__(self, evaluation: Evaluation, jaxpr: Any, infos: Sequence[Info], scales: Scales):
         self.evaluation, self.infos, self.scales = evaluation, infos, scales
         self.jaxpr, self.consts = opened(jaxpr)
         self.outs: list[Info] = []  # what is known of the outputs, once it has run
@@ -244,7 +261,7 @@ def _captured(consts: Sequence[Any]) -> list[Known]:
     return [(captured_info(value), value) for value in consts]
 
 
-def _key(track: Track) -> Key:
+def key_of(track: Track) -> Key:
     return track.leaf, track.scanned
 
 

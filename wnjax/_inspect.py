@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from wnjax._axes import Decision, Neuron
+from wnjax._data_init import Initialized
 from wnjax._leaves import flatten, unbox, unbox_node
 from wnjax._nodes import LogWeightNorm, Node, fan_in_axes, gain, is_node, scale, sum_of_squares
 from wnjax._walk.trace import is_array
@@ -21,7 +22,7 @@ def summary(tree: chex.ArrayTree) -> str:
 
     Args:
       tree: any tree of arrays and nodes; or a tree of `Neuron` and `NotNeuron`, for which
-        the table gives the feature axes, the biases and the reasons.
+        the table gives the feature axes, the biases and the reasons; or the report of `data_init`.
 
     Returns:
       The table as a string of several lines.
@@ -35,6 +36,8 @@ def summary(tree: chex.ArrayTree) -> str:
     dense/kernel  (3, 4)  float32  4 neurons, norm over axes (0,)
     1 of 2 leaves normalized: 4 neurons, 12 of 16 numbers
     """
+    if any(map(_is_initialized, jax.tree.leaves(tree, is_leaf=_is_initialized))):
+        return _initialization_table(tree)
     leaves = [(path, unbox_node(leaf) or unbox(leaf)) for path, leaf in flatten(tree)[0]]
     if any(isinstance(leaf, Decision) for _, leaf in leaves):
         return _decision_table(leaves)
@@ -82,6 +85,18 @@ def _decision_table(leaves: list[tuple[str, Decision]]) -> str:
             rows.append((path, f"no: {decision.describe()}"))
     neurons = sum(isinstance(decision, Neuron) for _, decision in leaves)
     return f"{_columns(rows)}\n{neurons} of {len(leaves)} leaves are weights of neurons"
+
+
+def _is_initialized(x: Any) -> bool:
+    return isinstance(x, Initialized)
+
+
+def _initialization_table(tree: chex.ArrayTree) -> str:
+    pairs, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_initialized)
+    leaves = [(jax.tree_util.keystr(p, simple=True, separator="/"), leaf) for p, leaf in pairs]
+    rows = [("leaf", "data_init"), *((path, leaf.describe()) for path, leaf in leaves)]
+    weights = sum(leaf.action in ("initialized", "scale only") for _, leaf in leaves)
+    return f"{_columns(rows)}\n{weights} of {len(leaves)} leaves are initialized weights"
 
 
 def _columns(rows: Sequence[tuple[str, ...]]) -> str:

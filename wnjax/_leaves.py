@@ -94,6 +94,11 @@ def unbox_node(leaf: Any) -> Any:
     return type(node)(*map(unbox, node)) if is_node(node) else None
 
 
+def outer_box(leaf: Any) -> Any:
+    """The box in which a leaf is; that of v where a node has its boxes inside."""
+    return leaf.v if is_node(leaf) else leaf
+
+
 def listing(paths: Iterable[str], most: int = 8) -> str:
     """Paths as lines of an error message, cut after `most`."""
     paths = list(paths)

@@ -6,7 +6,7 @@ import collections
 import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.extend import core
 
 from wnjax._axes import Decision, FeatureAxes, Neuron, NotNeuron, by_patterns, canonical_axes
-from wnjax._leaves import flatten, listing, map_leaves, rebox, unbox, unbox_node
+from wnjax._leaves import flatten, listing, map_leaves, outer_box, rebox, unbox, unbox_node
 from wnjax._walk.trace import Traced, is_array, trace
 from wnjax._walk.tracks import ACTIVATION, Info, Note, Site, Use
 from wnjax._walk.walker import Walk, captured_info, leaf_info
@@ -77,29 +77,68 @@ def neurons(
     'bias of out/kernel'
     """
     leaves, treedef = flatten(params)
-    paths = [path for path, _ in leaves]
-    plain = fold_abstractly(params)
-    traced = trace(fn, plain, *args, **kwargs)
-    arrays = [unbox(leaf) for _, leaf in flatten(plain)[0]]
-    walk = Walk([getattr(array, "shape", ()) for array in arrays])
-    walk.run(traced.jaxpr, input_infos(traced, arrays, plain))
-    _refuse_gradients(traced, plain)
-    decisions = _Verdicts(walk, paths, arrays).decisions()
-    decisions = _overridden(decisions, overrides, paths, arrays)
+    examined = examine(fn, params, *args, **kwargs)
+    _refuse_gradients(examined)
+    paths, arrays = examined.paths, examined.arrays
+    decisions = _overridden(decide_all(examined), overrides, paths, arrays)
     if strict:
         _refuse_refusals(decisions, paths, arrays)
     return treedef.unflatten(
-        rebox(_outer_box(box), decision)
+        rebox(outer_box(box), decision)
         for (_, box), decision in zip(leaves, decisions, strict=True)
     )
 
 
-def _outer_box(leaf: Any) -> Any:
-    """The box in which a leaf is; that of v where a node has its boxes inside."""
-    return leaf.v if unbox(leaf) is leaf and unbox_node(leaf) is not None else leaf
+class Examined(NamedTuple):
+    """A traced function, and what the walk over it found.
+
+    Attributes:
+      traced: the function.
+      infos: what is known of its constants and inputs.
+      walk: what happens to each leaf of the parameters.
+      plain: the parameters, with shapes and dtypes of weights in the place of nodes.
+      paths: of the leaves of `plain`.
+      arrays: the leaves, without boxes.
+    """
+
+    traced: Traced
+    infos: list[Info]
+    walk: Walk
+    plain: chex.ArrayTree
+    paths: list[str]
+    arrays: list[Any]
+
+    def known(self, params: chex.ArrayTree, *args: Any, **kwargs: Any) -> list[tuple[Info, Any]]:
+        """What is known of the constants and inputs of the jaxpr, and their values.
+
+        `params` must have the structure of `plain`, and the arguments those of the call.
+        """
+        arrays = [x for x in jax.tree.leaves(((params, *args), kwargs)) if is_array(x)]
+        return list(zip(self.infos, [*self.traced.consts, *arrays], strict=True))
 
 
-def fold_abstractly(params: chex.ArrayTree) -> chex.ArrayTree:
+def examine(fn: Callable[..., Any], params: chex.ArrayTree, *args: Any, **kwargs: Any) -> Examined:
+    """Traces `fn(params, *args, **kwargs)`, of plain weights, and walks over it.
+
+    Raises:
+      ValueError: if `fn` needs values of the data, or uses axis names that nothing binds.
+    """
+    plain = _fold_abstractly(params)
+    traced = trace(fn, plain, *args, **kwargs)
+    leaves = flatten(plain)[0]
+    paths, arrays = [path for path, _ in leaves], [unbox(leaf) for _, leaf in leaves]
+    infos = _input_infos(traced, arrays, plain)
+    walk = Walk([getattr(array, "shape", ()) for array in arrays])
+    walk.run(traced.jaxpr, infos)
+    return Examined(traced, infos, walk, plain, paths, arrays)
+
+
+def decide_all(examined: Examined) -> list[Decision]:
+    """What every leaf is."""
+    return _Verdicts(examined.walk, examined.paths, examined.arrays).decisions()
+
+
+def _fold_abstractly(params: chex.ArrayTree) -> chex.ArrayTree:
     """`params` with shapes and dtypes alone in the place of nodes."""
 
     def shape_of(path: str, leaf: Any) -> Any:
@@ -110,7 +149,7 @@ def fold_abstractly(params: chex.ArrayTree) -> chex.ArrayTree:
     return map_leaves(shape_of, params)
 
 
-def input_infos(traced: Traced, arrays: Sequence[Any], plain: chex.ArrayTree) -> list[Info]:
+def _input_infos(traced: Traced, arrays: Sequence[Any], plain: chex.ArrayTree) -> list[Info]:
     """What is known of the inputs of a traced function, whose first argument is `plain`."""
     infos = [*map(captured_info, traced.consts)]
     owners = [i for i, (_, box) in enumerate(flatten(plain)[0]) for _ in jax.tree.leaves(box)]
@@ -245,9 +284,10 @@ def _refuse_refusals(
         )
 
 
-def _refuse_gradients(traced: Traced, params: chex.ArrayTree) -> None:
-    """Refuses functions that differentiate, and return something shaped like `params`."""
-    structure: Any = jax.tree.structure(params)
+def _refuse_gradients(examined: Examined) -> None:
+    """Refuses functions that differentiate, and return something shaped like the parameters."""
+    traced = examined.traced
+    structure: Any = jax.tree.structure(examined.plain)
     if jax.tree_util.treedef_is_leaf(structure) or not _differentiates(traced.jaxpr):
         return
 

@@ -87,6 +87,11 @@ def fan_in_axes(node: Node) -> tuple[int, ...]:
     return tuple(axis for axis, size in enumerate(gain_shape) if size != shape[axis])
 
 
+def gain_axes(node: Node) -> frozenset[int]:
+    """The axes along which the gain varies."""
+    return frozenset(axis for axis, size in enumerate(jnp.shape(node[0])) if size > 1)
+
+
 def gain(node: Node) -> jax.Array:
     """The gain g of either kind of node, in the dtype of the norms."""
     wide = jnp.asarray(node[0]).astype(norm_dtype(jnp.result_type(node.v)))

@@ -11,7 +11,16 @@ import jax
 import jax.numpy as jnp
 
 from wnjax._axes import Axes, Neuron, NotNeuron, canonical_axes, decide
-from wnjax._leaves import box_node, flatten, listing, map_leaves, rebox, unbox, unbox_node
+from wnjax._leaves import (
+    box_node,
+    flatten,
+    listing,
+    map_leaves,
+    outer_box,
+    rebox,
+    unbox,
+    unbox_node,
+)
 from wnjax._nodes import (
     LogWeightNorm,
     WeightNorm,
@@ -139,9 +148,8 @@ def fold_leaf(path: str, leaf: Any) -> Any:
     node = unbox_node(leaf)
     if node is None:
         return rebox(leaf, unbox(leaf))
-    box = leaf if unbox(leaf) is not leaf else leaf.v
     try:
-        return rebox(box, weight(node))
+        return rebox(outer_box(leaf), weight(node))
     except ValueError as error:
         raise ValueError(f"{path or 'the node'}: {error}") from error
 

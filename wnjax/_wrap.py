@@ -12,11 +12,10 @@ import jax
 import jax.numpy as jnp
 
 from wnjax._evaluate import evaluate
-from wnjax._leaves import flatten, rebox, unbox, unbox_node
-from wnjax._neurons import fold_abstractly, input_infos
-from wnjax._nodes import Node, scale, weight
+from wnjax._leaves import flatten, outer_box, rebox, unbox, unbox_node
+from wnjax._neurons import examine
+from wnjax._nodes import Node, gain_axes, scale, weight
 from wnjax._riding import is_alone
-from wnjax._walk.trace import is_array, trace
 from wnjax._walk.tracks import Use
 from wnjax._walk.walker import Walk
 
@@ -71,20 +70,14 @@ def wrap(fn: Callable[..., Any]) -> Callable[..., Any]:
         nodes = {i: node for i, (_, box) in enumerate(boxes) if (node := unbox_node(box))}
         if not nodes:
             return fn(params, *args, **kwargs)
-        plain = fold_abstractly(params)
-        traced = trace(fn, plain, *args, **kwargs)
-        weights = [unbox(leaf) for _, leaf in flatten(plain)[0]]
-        infos = input_infos(traced, weights, plain)
-        shapes = [getattr(w, "shape", ()) for w in weights]
-        walk = Walk(shapes)
-        walk.run(traced.jaxpr, infos)
-        riding = _riding(walk, nodes)
+        examined = examine(fn, params, *args, **kwargs)
+        riding = _riding(examined.walk, nodes)
         values = treedef.unflatten(
             _value(box, nodes.get(i), i in riding) for i, (_, box) in enumerate(boxes)
         )
-        arrays = [x for x in jax.tree.leaves(((values, *args), kwargs)) if is_array(x)]
-        known = zip(infos, [*traced.consts, *arrays], strict=True)
         scales = {leaf: _scale(nodes[leaf]) for leaf in riding}
+        known = examined.known(values, *args, **kwargs)
+        traced, shapes = examined.traced, examined.walk.shapes
         return traced.rebuild(evaluate(traced.jaxpr, known, shapes, scales))
 
     return wrapped
@@ -116,7 +109,7 @@ def _riding(walk: Walk, nodes: Mapping[int, Node]) -> set[int]:
         leaf
         for leaf, node in nodes.items()
         if uses[leaf] and leaf not in noted
-        if all(use.rides and use.fan_in.isdisjoint(_feature_axes(node)) for use in uses[leaf])
+        if all(use.rides and use.fan_in.isdisjoint(gain_axes(node)) for use in uses[leaf])
         if jnp.finfo(node.v.dtype).maxexp > 16  # v·x may leave float16's range where w·x does not
         if scales_output(
             math.prod(node.v.shape),
@@ -126,14 +119,8 @@ def _riding(walk: Walk, nodes: Mapping[int, Node]) -> set[int]:
     }
 
 
-def _feature_axes(node: Node) -> frozenset[int]:
-    """The axes along which the gain varies."""
-    return frozenset(axis for axis, size in enumerate(jnp.shape(node[0])) if size > 1)
-
-
 def _value(box: Any, node: Node | None, rides: bool) -> Any:
     """What stands for a leaf in the evaluation: v where the scale rides, else the weight."""
     if node is None:
         return rebox(box, unbox(box))
-    outer = box.v if unbox(box) is box else box
-    return rebox(outer, jnp.asarray(node.v) if rides else _weight(node))
+    return rebox(outer_box(box), jnp.asarray(node.v) if rides else _weight(node))

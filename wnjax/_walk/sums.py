@@ -138,7 +138,9 @@ def _use(
     site, size = recorder.site(eqn), math.prod(eqn.outvars[0].aval.shape)
     is_safe = is_wide(eqn.outvars[0].aval.dtype) and refusal is None
     rides = track.is_intact and is_safe and site.is_direct
-    return Use(track.leaf, frozenset(fan_in), frozenset(features), refusal, site, size, rides)
+    scanned = frozenset(axis for axis, _ in track.scanned)
+    axes = frozenset(fan_in), frozenset(features)
+    return Use(track.leaf, *axes, refusal, site, size, rides, scanned)
 
 
 def _refusal(changed: str) -> str:
@@ -153,7 +155,7 @@ def _sum(eqn: Any, track: Track, places: Sequence[int | None]) -> Track:
     for axis, place in zip(track.layout, places, strict=True):
         if place is not None:
             layout[place] = axis
-    return Track(track.leaf, tuple(layout), track.stacked)
+    return Track(track.leaf, tuple(layout), track.stacked, track.scanned)
 
 
 RULES: dict[str, Rule] = {

@@ -79,12 +79,14 @@ class Site:
       source: where the user wrote it.
       trips: how often it runs in one call of the function.
       is_direct: whether nothing around it hides it from `wrap`.
+      is_certain: whether it runs in every call, and not in a branch alone.
     """
 
     operation: str
     source: Any
     trips: int
     is_direct: bool
+    is_certain: bool
 
     @property
     def line(self) -> str:
@@ -109,6 +111,7 @@ class Use:
       site: where.
       output_size: the number of elements of the output.
       rides: whether a factor of the weight's features can be put on the output instead.
+      scanned: the axes of the leaf that loops around this run over.
     """
 
     leaf: int
@@ -118,6 +121,7 @@ class Use:
     site: Site
     output_size: int
     rides: bool
+    scanned: frozenset[int]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

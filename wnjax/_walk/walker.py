@@ -95,6 +95,7 @@ class Walk:
         self.biases: set[tuple[int, int]] = set()
         self._trips = 1
         self._is_direct = True
+        self._is_certain = True
         self.depth = 0  # of the jaxpr
 
     # What the rules write down.
@@ -117,7 +118,8 @@ class Walk:
 
     def site(self, eqn: Any) -> Site:
         """Where an equation stands."""
-        return Site(eqn.primitive.name, eqn.source_info, self._trips, self._is_direct)
+        where = self._trips, self._is_direct, self._is_certain
+        return Site(eqn.primitive.name, eqn.source_info, *where)
 
     # Jaxprs.
 
@@ -241,7 +243,7 @@ class Walk:
         outs = []
         for branch in eqn.params["branches"]:
             jaxpr, consts = opened(branch)
-            with self.inside():
+            with self.inside(is_certain=False):
                 outs.append(self.run(jaxpr, [*map(captured_info, consts), *operands]))
         return [_either(which, infos) for infos in zip(*outs, strict=True)]
 
@@ -276,15 +278,19 @@ class Walk:
     # Where the walk is.
 
     @contextlib.contextmanager
-    def inside(self, trips: int = 1, is_direct: bool = True) -> Iterator[None]:
-        """Marks what is recorded as run `trips` times, and as hidden from `wrap` or not."""
-        before = self._trips, self._is_direct, self.depth
-        self._trips, self._is_direct = self._trips * trips, self._is_direct and is_direct
+    def inside(
+        self, trips: int = 1, is_direct: bool = True, is_certain: bool = True
+    ) -> Iterator[None]:
+        """Marks what is recorded: how often it runs, whether `wrap` reaches it, and if at all."""
+        before = self._trips, self._is_direct, self._is_certain, self.depth
+        self._trips *= trips
+        self._is_direct &= is_direct
+        self._is_certain &= is_certain
         self.depth += 1
         try:
             yield
         finally:
-            self._trips, self._is_direct, self.depth = before
+            self._trips, self._is_direct, self._is_certain, self.depth = before
 
     @contextlib.contextmanager
     def silent(self) -> Iterator[None]:

@@ -1,0 +1,310 @@
+"""`data_init`: gains and biases from a minibatch, so that every neuron starts out standardized."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from wnjax._axes import NotNeuron, first_patterns
+from wnjax._leaves import flatten, listing, outer_box, rebox, unbox, unbox_node
+from wnjax._moments import AxisName, Minibatch
+from wnjax._neurons import Examined, decide_all, examine
+from wnjax._nodes import (
+    LogWeightNorm,
+    Node,
+    WeightNorm,
+    fan_in_axes,
+    gain,
+    gain_axes,
+    root,
+    scale,
+    sum_of_squares,
+    weight,
+)
+from wnjax._standardize import Standardization
+from wnjax._walk.tracks import Use
+from wnjax._walk.walker import Walk
+from wnjax._weight_norm import fold_leaf, split
+
+FEW_SAMPLES = 100  # with fewer, moments of one minibatch say little of the next one's
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Initialized:
+    """What `data_init` did to a leaf; the leaves of its report. May be returned from `jit`.
+
+    Attributes:
+      action: "initialized" (gain and bias), "scale only" (there is no bias), "bias" (of such a
+        weight), or "skipped".
+      detail: the path of the bias, or of the weight that it is the bias of; or why it was skipped.
+      samples: how many numbers stood behind every moment, masked ones included.
+      constant: how many neurons are constant on the minibatch; they kept their gain.
+    """
+
+    action: str = dataclasses.field(metadata={"static": True})
+    detail: str = dataclasses.field(default="", metadata={"static": True})
+    samples: int = dataclasses.field(default=0, metadata={"static": True})
+    constant: Any = 0
+
+    def describe(self) -> str:
+        """All of it in one line."""
+        if self.action == "skipped":
+            return f"no: {self.detail}"
+        if self.action == "bias":
+            return f"bias of {self.detail}"
+        bias = f" with {self.detail}" if self.detail else ""
+        is_known = not isinstance(self.constant, jax.core.Tracer)
+        constant = (
+            f", {int(self.constant):,} neurons constant" if is_known and self.constant else ""
+        )
+        return f"{self.action}{bias}, {self.samples:,} samples a neuron{constant}"
+
+
+def data_init(  # noqa: PLR0913 - options of one call
+    fn: Callable[..., Any],
+    params: chex.ArrayTree,
+    *args: Any,
+    std: float | Mapping[str, float] = 1.0,
+    mask: Any = None,
+    axis_name: AxisName = None,
+    report: bool = False,
+    **kwargs: Any,
+) -> Any:
+    """Sets gains and biases so that pre-activations are standardized on one minibatch.
+
+    For every neuron, in the order of computation, with moments over all examples and positions:
+
+        t = v·x/‖v‖,   g ← 1/σ[t],   b ← −μ[t]/σ[t]
+
+    so that w·x + b = (t − μ[t])/σ[t] has mean 0 and standard deviation 1, and it is this that goes
+    on to the next layer. Without a bias the mean stays. A bias that is added later than the
+    sum is set to minus the mean that arrives there. A neuron that is constant on the minibatch, to
+    rounding, keeps its gain, and gets its bias. Directions v are not changed.
+
+    Source: Salimans & Kingma 2016, https://arxiv.org/abs/1602.07868, equations 5 and 6.
+
+    Weights that the steps of a loop share (recurrent ones), that are used several times, or in a
+    branch alone, are left alone; a warning and the report say why. Layers under `nn.scan` that have
+    weights of their own are initialized each.
+
+    It works inside `jit`; there, the moments of a sharded batch are those of all of it. Give
+    dropout the key, and batch norm the mode, that training begins with: moments are of what `fn`
+    computes.
+
+    Args:
+      fn: the forward function or the loss, of plain weights, as for `neurons`.
+      params: plain parameters, of which all weights that `neurons` finds are initialized; or a
+        tree with nodes, of which the nodes are.
+      *args: further arguments of `fn`; the minibatch is among them, 100 examples or more.
+      std: what standard deviation to arrive at; or a dict to it from regular expressions, matched
+        against the slash paths of weights, and 1 where none matches. With 1/√n for the last layers
+        of n residual branches, or 0, the sum of the branches does not grow with n.
+      mask: booleans for what counts, which padding does not: an array with the leading axes that
+        the outputs of all layers share, (examples,) or (examples, positions).
+      axis_name: under `pmap`, `shard_map` or `vmap`, the axis over which the minibatch is split, so
+        that all devices get the moments of the whole.
+      report: whether to return what was done, too.
+      **kwargs: further keyword arguments of `fn`.
+
+    Returns:
+      `params` with other gains and biases: the same structure, shapes and dtypes. With `report`,
+      a pair of it and a tree with an `Initialized` for every leaf, which `summary` prints.
+
+    Raises:
+      ValueError: if there is nothing to initialize; if a pattern matches no leaf; if a mask does
+        not fit an output; if a standard deviation is negative; and as `neurons`.
+
+    >>> import jax, jax.numpy as jnp, flax.linen as nn
+    >>> import wnjax
+    >>> model, x = nn.Dense(4), jax.random.normal(jax.random.key(0), (500, 3))
+    >>> def fn(params, x):
+    ...     return model.apply({"params": params}, 3 * x + 1)
+    >>> params = model.init(jax.random.key(1), x)["params"]
+    >>> params, report = wnjax.data_init(fn, params, x, report=True)
+    >>> print(wnjax.summary(report))
+    leaf    data_init
+    bias    bias of kernel
+    kernel  initialized with bias, 500 samples a neuron
+    1 of 2 leaves are initialized weights
+    >>> y = fn(params, x)
+    >>> bool((abs(y.mean(0)) < 1e-5).all() and (abs(y.std(0) - 1) < 1e-5).all())
+    True
+    """
+    examined = examine(fn, params, *args, **kwargs)
+    given, treedef = flatten(params)
+    plan = _Plan(examined, [unbox_node(leaf) for _, leaf in given], std)
+    nodes = {i: plan.node(i, *given[i]) for i in plan.stds}
+    values = treedef.unflatten(
+        rebox(outer_box(leaf), nodes[i].v) if i in nodes else fold_leaf(path, leaf)
+        for i, (path, leaf) in enumerate(given)
+    )
+    standardization = Standardization(
+        Walk(examined.walk.shapes),
+        examined.traced.jaxpr,
+        plan.stds,
+        plan.biases,
+        Minibatch(None if mask is None else jnp.asarray(mask), axis_name),
+    )
+    known = examined.known(values, *args, **kwargs)
+    found = standardization.results(known, {i: scale(node) for i, node in nodes.items()})
+    plan.warn(standardization.samples)
+    initialized = treedef.unflatten(
+        _initialized(leaf, nodes.get(i), found[i]) if i in found else leaf
+        for i, (_, leaf) in enumerate(given)
+    )
+    if not report:
+        return initialized
+    return initialized, treedef.unflatten(
+        plan.report(i, found, standardization.samples) for i in range(len(given))
+    )
+
+
+class _Plan:
+    """What to initialize, and why the rest is left alone.
+
+    Attributes:
+      stds: by leaf: the standard deviations to arrive at.
+      biases: from the leaves of weights to those of their biases.
+      reasons: by leaf: why it is skipped.
+    """
+
+    def __init__(
+        self,
+        examined: Examined,
+        nodes: Sequence[Node | None],
+        std: float | Mapping[str, float],
+    ):
+        """Takes the nodes among the leaves.
+
+        Raises:
+          ValueError: if nothing is left, or a standard deviation is negative.
+        """
+        self.paths, self.nodes = examined.paths, nodes
+        self.decisions = decide_all(examined)
+        self.uses, self.notes = collections.defaultdict(list), collections.defaultdict(list)
+        for use in examined.walk.uses:
+            self.uses[use.leaf].append(use)
+        for note in examined.walk.notes:
+            self.notes[note.leaf].append(note)
+        self.shapes = examined.walk.shapes
+        found = {leaf: self._obstacle(leaf) for leaf in range(len(nodes))}
+        self.reasons = {leaf: reason for leaf, reason in found.items() if reason is not None}
+        stds = _stds(std, self.paths)
+        self.stds = {leaf: stds[leaf] for leaf in found if leaf not in self.reasons}
+        if not self.stds:
+            reasons = [f"{self.paths[leaf]}: {reason}" for leaf, reason in self.reasons.items()]
+            raise ValueError(f"data_init: there is nothing to initialize:{listing(reasons)}")
+        pairs = {leaf: self._bias(leaf) for leaf in self.stds}
+        self.biases = {leaf: bias for leaf, bias in pairs.items() if bias is not None}
+
+    def _obstacle(self, leaf: int) -> str | None:
+        """Why a leaf cannot be initialized; None if it can."""
+        decision, uses, node = self.decisions[leaf], self.uses[leaf], self.nodes[leaf]
+        if isinstance(decision, NotNeuron):
+            return decision.reason
+        if node is None and any(self.nodes):
+            return "not normalized"
+        if len(uses) > 1:
+            return f"used {len(uses)} times"
+        if self.notes[leaf]:
+            return f"used otherwise, too: {self.notes[leaf][0].kind}"
+        return self._obstacle_at(uses[0], node)
+
+    def _obstacle_at(self, use: Use, node: Node | None) -> str | None:
+        """Why a leaf cannot be initialized at its only use."""
+        shape, gains = self.shapes[use.leaf], use.features if node is None else gain_axes(node)
+        shared, long = use.fan_in & gains, {axis for axis in use.scanned if shape[axis] > 1}
+        reasons = {
+            "shared by the steps of a loop": use.site.trips
+            != math.prod(shape[axis] for axis in use.scanned),
+            "used in a branch alone": not use.site.is_certain,
+            "used inside a loop or derivatives that are not seen through": not use.site.is_direct,
+            "no operation computes its neurons alone, in float32 or bfloat16": not use.rides,
+            f"its norm does not run over axes {(*sorted(shared),)}, which are summed": shared,
+            "its layers share a gain": long - gains,
+        }
+        return next((reason for reason, holds in reasons.items() if holds), None)
+
+    def _bias(self, leaf: int) -> int | None:
+        """The bias of a weight, if it is one and nothing else."""
+        decision = self.decisions[leaf]
+        if isinstance(decision, NotNeuron) or decision.bias is None:
+            return None
+        bias = self.paths.index(decision.bias)
+        is_alone = len(self.notes[bias]) == 1 and not self.uses[bias]
+        return bias if is_alone and self.nodes[bias] is None else None
+
+    def node(self, leaf: int, path: str, given: Any) -> Node:
+        """The node of a weight; of a plain one as `weight_norm` makes it."""
+        node = self.nodes[leaf]
+        if node is not None:
+            return type(node)(*map(jnp.asarray, node))
+        return split(path, jnp.asarray(unbox(given)), tuple(self.uses[leaf][0].features))
+
+    def warn(self, samples: Mapping[int, int]) -> None:
+        """Of weights that were left alone, and of moments that mean little."""
+        weights = (leaf for leaf in self.reasons if self.nodes[leaf] or not any(self.nodes))
+        alone = [leaf for leaf in weights if not isinstance(self.decisions[leaf], NotNeuron)]
+        if alone:
+            lines = listing(f"{self.paths[leaf]}: {self.reasons[leaf]}" for leaf in alone)
+            warnings.warn(f"data_init leaves these weights alone:{lines}", stacklevel=3)
+        if few := [leaf for leaf in self.stds if samples.get(leaf, FEW_SAMPLES) < FEW_SAMPLES]:
+            lines = listing(f"{self.paths[leaf]}: {samples[leaf]}" for leaf in few)
+            warnings.warn(
+                f"data_init: fewer than {FEW_SAMPLES} samples stand behind each moment, and those "
+                f"of another minibatch will be far off. Give it more examples:{lines}",
+                stacklevel=3,
+            )
+
+    def report(
+        self, leaf: int, found: Mapping[int, Any], samples: Mapping[int, int]
+    ) -> Initialized:
+        """What was done to a leaf."""
+        weights = {bias: weight for weight, bias in self.biases.items()}
+        if leaf in self.stds and leaf in found:
+            has_bias = self.biases.get(leaf) in found
+            constant = found[leaf].is_constant.sum()
+            detail = self.paths[self.biases[leaf]] if has_bias else ""
+            action = "initialized" if has_bias else "scale only"
+            return Initialized(action, detail, samples[leaf], constant)
+        if leaf in found:
+            return Initialized("bias", self.paths[weights[leaf]], samples[leaf])
+        return Initialized("skipped", self.reasons.get(leaf, "never computed"))
+
+
+def _stds(std: float | Mapping[str, float], paths: Sequence[str]) -> list[float]:
+    """The standard deviation of every leaf."""
+    given = std if isinstance(std, Mapping) else {}
+    stds = [
+        std if not isinstance(std, Mapping) else 1.0 if pattern is None else std[pattern]
+        for pattern in first_patterns(given, paths, "std")
+    ]
+    for path, one in zip(paths, stds, strict=True):
+        if not one >= 0:
+            raise ValueError(f"std: must be 0 or positive, got {one!r} for {path}")
+    return stds
+
+
+def _initialized(leaf: Any, node: Node | None, found: Any) -> Any:
+    """A leaf as it is after the initialization, given its node or, for a bias, its new value."""
+    if node is None:
+        return rebox(leaf, found.astype(unbox(leaf).dtype))
+    squared_norm = sum_of_squares(node.v, fan_in_axes(node))
+    new = jnp.where(found.is_constant, gain(node), found.scale * root(squared_norm))
+    given = unbox_node(leaf)
+    if given is None:
+        return rebox(leaf, weight(WeightNorm(new, node.v)))
+    if isinstance(given, LogWeightNorm):
+        new = jnp.log(jnp.maximum(new, jnp.finfo(new.dtype).tiny))
+    new = new.astype(jnp.result_type(given[0]))
+    boxed = unbox(leaf)
+    return rebox(leaf, type(given)(rebox(boxed[0], new), boxed.v))
