@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import chex
+import jax
+import optax
 
 from wnjax._leaves import flatten, listing, unbox
 
@@ -114,6 +116,32 @@ def decide(
             f"(path, leaf) -> feature axes, or a tree of Neuron and NotNeuron; got {axes!r}"
         )
     return [(*leaf, decision) for leaf, decision in zip(leaves, decisions, strict=True)]
+
+
+def weights_of(params: chex.ArrayTree, axes: Axes) -> dict[int, tuple[int, ...]]:
+    """The feature axes of every leaf that is a weight, by its place in the order of `flatten`.
+
+    Of leaves that `optax.masked` or `optax.multi_transform` masks, `axes` may speak.
+
+    Raises:
+      ValueError: if no leaf is a weight, and none is masked; and as `decide` and `canonical_axes`.
+    """
+    given = jax.tree.leaves(params, is_leaf=_is_masked)
+    is_part = not given or any(map(_is_masked, given))  # none in optax.tree_map_params
+    decided = list(enumerate(decide(params, axes, is_part=is_part)))
+    weights = {
+        i: canonical_axes(path, leaf, decision.feature_axes)
+        for i, (path, leaf, decision) in decided
+        if isinstance(decision, Neuron)
+    }
+    if not weights and not is_part:
+        kept = [f"{path}: {d.reason}" for _, (path, _, d) in decided if isinstance(d, NotNeuron)]
+        raise ValueError(f"no leaf is a weight; pass axes to choose them:{listing(kept)}")
+    return weights
+
+
+def _is_masked(x: Any) -> bool:
+    return isinstance(x, optax.MaskedNode)
 
 
 def _holds_decisions(axes: Any) -> bool:

@@ -155,7 +155,7 @@ def fold_leaf(path: str, leaf: Any) -> Any:
 
 
 def _normalize(path: str, box: Any, leaf: Any, feature_axes: Any, log_scale: bool) -> Any:
-    _check_floating(path, leaf)
+    check_floating(path, leaf)
     features = canonical_axes(path, leaf, feature_axes)
     # A copy of a numpy array, which its owner may write to.
     g, v = split(path, leaf if isinstance(leaf, jax.Array) else jnp.array(leaf), features)
@@ -166,7 +166,8 @@ def _normalize(path: str, box: Any, leaf: Any, feature_axes: Any, log_scale: boo
     return box_node(box, LogWeightNorm(log_g, v), features)
 
 
-def _check_floating(path: str, leaf: Any) -> None:
+def check_floating(path: str, leaf: Any) -> None:
+    """Raises TypeError for what cannot be normalized."""
     dtype = getattr(leaf, "dtype", None)
     if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
         kind = f"has dtype {dtype}" if dtype is not None else f"is a {type(leaf).__name__}"

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
+import jax
+import jax.numpy as jnp
 from flax.core import lift
 from flax.linen import transforms
 
 from wnjax._axes import Axes, Neuron, decide
 from wnjax._leaves import flatten
+from wnjax._mean_only import batch_mean, canonical, centered, running
 from wnjax._neurons import neurons
+from wnjax._nodes import norm_dtype
 from wnjax._weight_norm import fold, weight_norm
 from wnjax._wrap import wrap
 
@@ -119,3 +124,85 @@ def _inside(scopes: Any) -> Any:
     """The parameters alone, of the only scope or of several."""
     trees = [scope.get("params", {}) for scope in scopes]
     return trees[0] if len(trees) == 1 else trees
+
+
+class MeanOnlyBatchNorm(nn.Module):
+    """Batch normalization that takes the mean away, and leaves the variance to weight norm.
+
+        y = x − μ[x] + b
+
+    with μ over all axes but the feature axes, of the minibatch or, with running averages, of
+    past ones. The gradient is centered likewise. The layer before it needs no bias.
+
+    Source: Salimans & Kingma 2016, https://arxiv.org/abs/1602.07868, section 4.
+
+    Arguments are those of `flax.linen.BatchNorm` that apply; the running mean is `mean` in the
+    collection `batch_stats`, in float32 or wider.
+
+    Attributes:
+      use_running_average: whether to take the running mean; here or in the call.
+      axis: the feature axis, or several.
+      momentum: of the running mean: momentum·old + (1 − momentum)·new.
+      dtype: of the result; that of the input and the bias unless given.
+      param_dtype: of the bias.
+      use_bias: whether to add b.
+      bias_init: what it starts from.
+      axis_name: under `pmap`, `shard_map` or `vmap`, an axis to average over.
+      axis_index_groups: groups of devices along it, each with a mean of its own.
+
+    >>> import jax, jax.numpy as jnp
+    >>> import wnjax
+    >>> layer, x = wnjax.linen.MeanOnlyBatchNorm(momentum=0.9), jnp.array([[1.0], [3.0]])
+    >>> variables = layer.init(jax.random.key(0), x, use_running_average=False)
+    >>> y, new = layer.apply(variables, x, use_running_average=False, mutable=["batch_stats"])
+    >>> y, new["batch_stats"]["mean"].round(3)
+    (Array([[-1.],
+           [ 1.]], dtype=float32), Array([0.2], dtype=float32))
+    """
+
+    use_running_average: bool | None = None
+    axis: int | Sequence[int] = -1
+    momentum: float = 0.99
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    use_bias: bool = True
+    bias_init: Callable[..., Any] = nn.initializers.zeros
+    axis_name: Any = None
+    axis_index_groups: Any = None
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        use_running_average: bool | None = None,
+        *,
+        mask: jax.Array | None = None,
+    ) -> jax.Array:
+        """Centers x.
+
+        Args:
+          x: the activations, of any shape that has the feature axes.
+          use_running_average: whether to take the running mean.
+          mask: booleans that broadcast to x: what the mean is taken over.
+
+        Returns:
+          An array of x's shape.
+        """
+        from_past = nn.merge_param(
+            "use_running_average", self.use_running_average, use_running_average
+        )
+        features = canonical(self.axis, x.ndim)
+        shape = [x.shape[axis] for axis in features]
+        zeros = partial(jnp.zeros, shape, norm_dtype(x.dtype))
+        past = self.variable("batch_stats", "mean", zeros)
+        if from_past:
+            mean = past.value
+        elif self.is_initializing():
+            mean = batch_mean(x, features, mask)
+        else:
+            mean = batch_mean(x, features, mask, self.axis_name, self.axis_index_groups)
+            past.value = running(past.value, mean, self.momentum)
+        bias = (
+            self.param("bias", self.bias_init, shape, self.param_dtype) if self.use_bias else None
+        )
+        return centered(x, mean, bias, features, self.dtype)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from wnjax._axes import Axes, Neuron, canonical_axes, decide
 from wnjax._leaves import flatten, listing, rebox, unbox, unbox_node
+from wnjax._mean_only import batch_mean, canonical, centered, running
 from wnjax._neurons import neurons
 from wnjax._nodes import WeightNorm as Node
 from wnjax._nodes import fan_in_axes, weight
@@ -209,3 +213,101 @@ def _call(layer: Any, args: Any, kwargs: Any) -> Any:
 
 def _dicts(tree: Any) -> Any:
     return nnx.Dict({k: _dicts(x) for k, x in tree.items()}) if isinstance(tree, dict) else tree
+
+
+class MeanOnlyBatchNorm(nnx.Module):
+    """Batch normalization that takes the mean away, and leaves the variance to weight norm.
+
+        y = x − μ[x] + b
+
+    with μ over all axes but the feature axis, of the minibatch or, with running averages, of
+    past ones. The gradient is centered likewise. The layer before it needs no bias.
+
+    Source: Salimans & Kingma 2016, https://arxiv.org/abs/1602.07868, section 4.
+
+    Arguments are those of `flax.nnx.BatchNorm` that apply; `model.eval()` and `model.train()`
+    choose between running averages and the minibatch.
+
+    Attributes:
+      mean: the running mean, an `nnx.BatchStat` of shape (num_features,), float32.
+      bias: b, an `nnx.Param` of shape (num_features,), or None.
+
+    >>> import jax.numpy as jnp
+    >>> from flax import nnx
+    >>> import wnjax
+    >>> layer = wnjax.nnx.MeanOnlyBatchNorm(1, momentum=0.9, rngs=nnx.Rngs(0))
+    >>> layer(jnp.array([[1.0], [3.0]]))
+    Array([[-1.],
+           [ 1.]], dtype=float32)
+    >>> layer.mean[...].round(3)
+    Array([0.2], dtype=float32)
+    """
+
+    def __init__(  # noqa: PLR0913 - the arguments of nnx.BatchNorm
+        self,
+        num_features: int,
+        *,
+        use_running_average: bool | None = False,
+        axis: int = -1,
+        momentum: float = 0.99,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        use_bias: bool = True,
+        bias_init: Callable[..., Any] = jax.nn.initializers.zeros,
+        axis_name: Any = None,
+        axis_index_groups: Any = None,
+        rngs: nnx.Rngs,
+        bias_metadata: Mapping[str, Any] = MappingProxyType({}),
+    ):
+        """Takes the size of the feature axis, and the arguments of `flax.nnx.BatchNorm`."""
+        self.mean = nnx.BatchStat(jnp.zeros(num_features, jnp.float32))
+        self.bias: Any = nnx.data(None)
+        if use_bias:
+            bias = bias_init(rngs.params(), (num_features,), param_dtype)
+            self.bias = nnx.Param(bias, **bias_metadata)
+        self.num_features, self.axis, self.momentum = num_features, axis, momentum
+        self.use_running_average, self.dtype = use_running_average, dtype
+        self.axis_name, self.axis_index_groups = axis_name, axis_index_groups
+
+    def __call__(
+        self,
+        x: jax.Array,
+        use_running_average: bool | None = None,
+        *,
+        mask: jax.Array | None = None,
+    ) -> jax.Array:
+        """Centers x.
+
+        Args:
+          x: the activations, of any shape that has the feature axis.
+          use_running_average: whether to take the running mean; the module's choice unless given.
+          mask: booleans that broadcast to x: what the mean is taken over.
+
+        Returns:
+          An array of x's shape.
+
+        Raises:
+          ValueError: if neither the call nor the module says which mean to take.
+        """
+        chosen = self.use_running_average if use_running_average is None else use_running_average
+        if chosen is None:
+            raise ValueError(
+                "MeanOnlyBatchNorm: pass use_running_average=True or False, to the module or to "
+                "the call, or call model.train() or model.eval()"
+            )
+        features = canonical(self.axis, x.ndim)
+        mean = self.mean[...]
+        if not chosen:
+            mean = batch_mean(x, features, mask, self.axis_name, self.axis_index_groups)
+            self.mean[...] = running(self.mean[...], jax.lax.stop_gradient(mean), self.momentum)
+        bias = None if self.bias is None else self.bias[...]
+        return centered(x, mean, bias, features, self.dtype)
+
+    def set_view(self, use_running_average: bool | None = None) -> None:
+        """Used by `nnx.view`.
+
+        Args:
+          use_running_average: whether to take the running mean.
+        """
+        if use_running_average is not None:
+            self.use_running_average = use_running_average

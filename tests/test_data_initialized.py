@@ -1,0 +1,113 @@
+"""The first step initializes, the others are the optimizer's."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import wnjax
+from tests import toys
+
+AXES = {".*/kernel": 1, ".*/bias": None}
+
+
+def fn(params, x):
+    def dense(layer, x):
+        y = x @ layer["kernel"]
+        return y + jnp.broadcast_to(layer["bias"], y.shape)
+
+    return dense(params["second"], jnp.tanh(dense(params["first"], x)))
+
+
+def loss(params, batch):
+    return jnp.mean((fn(params, batch) - 1) ** 2)
+
+
+BATCH = 2 + jax.random.normal(jax.random.key(3), (200, 3))
+
+OPTIMIZERS = {  # name: (optimizer, whether its parameters have nodes)
+    "plain": (optax.adam(1e-2), False),
+    "weight_normalized": (wnjax.weight_normalized(optax.adam(1e-2), AXES), False),
+    "nodes": (optax.adam(1e-2), True),
+    "chain": (optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1, momentum=0.9)), True),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("jit", [False, True])
+def test_first_step_initializes_and_the_others_are_the_optimizers(name, jit):
+    inner, has_nodes = OPTIMIZERS[name]
+    params = toys.mlp_params()
+    start = wnjax.weight_norm(params, AXES) if has_nodes else params
+    optimizer = wnjax.data_initialized(inner, fn)
+
+    def step(params, state, batch):
+        grads = jax.grad(lambda p: loss(wnjax.fold(p), batch))(params)
+        updates, state = optimizer.update(grads, state, params, batch=batch)
+        return optax.apply_updates(params, updates), state
+
+    def expected_step(params, state, batch):
+        grads = jax.grad(lambda p: loss(wnjax.fold(p), batch))(params)
+        updates, state = inner.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    if jit:
+        chex.clear_trace_counter()
+        step = jax.jit(chex.assert_max_traces(step, n=1), donate_argnums=1)
+    with jax.numpy_dtype_promotion("standard"):
+        state = optimizer.init(start)
+        before = jax.tree.map(jnp.copy, state.inner)
+        found, state = step(start, state, BATCH)
+        initialized = wnjax.data_init(fn, start, BATCH)
+        chex.assert_trees_all_close(found, initialized, rtol=1e-4, atol=1e-5)
+        chex.assert_trees_all_equal(state.inner, before)
+        y = fn(wnjax.fold(found), BATCH)
+        assert float(jnp.abs(y.mean(0)).max()) < 1e-4
+        assert float(jnp.abs(y.std(0) - 1).max()) < 1e-3
+        expected, expected_state = found, before
+        for i in range(3):
+            batch = BATCH[i * 50 : i * 50 + 100]
+            if i < 2:  # of one shape, so that nothing is compiled again
+                found, state = step(found, state, jnp.concatenate([batch, batch]))
+                expected, expected_state = expected_step(
+                    expected, expected_state, jnp.concatenate([batch, batch])
+                )
+    chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_without_a_batch():
+    params = toys.mlp_params()
+    optimizer = wnjax.data_initialized(optax.sgd(0.1), fn)
+    state = optimizer.init(params)
+    with pytest.raises(ValueError, match=r"pass batch=\.\.\. to update"):
+        optimizer.update(params, state, params)
+    with pytest.raises(ValueError, match=r"pass batch=\.\.\. to update"):
+        jax.jit(optimizer.update)(params, state, params)
+    with pytest.raises(ValueError, match="pass them"):
+        optimizer.update(params, state, batch=BATCH)
+    _, state = optimizer.update(params, state, params, batch=BATCH)
+    updates, _ = optimizer.update(params, state, params)  # known to be initialized
+    chex.assert_trees_all_close(updates, jax.tree.map(lambda g: -0.1 * g, params))
+
+
+def test_options_and_extra_arguments_are_passed_on():
+    seen = []
+
+    def remember(updates, state, params=None, **extra):
+        seen.append(extra)
+        return updates, state
+
+    inner = optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), remember)
+    optimizer = wnjax.data_initialized(inner, fn, std={"second/kernel": 0.25})
+    params = toys.mlp_params()
+    updates, state = optimizer.update(
+        params, optimizer.init(params), params, batch=BATCH, value=jnp.ones(())
+    )
+    np.testing.assert_allclose(
+        fn(optax.apply_updates(params, updates), BATCH).std(0), 0.25, rtol=1e-3
+    )
+    optimizer.update(params, state, params, value=3.0)
+    assert all(extra.keys() == {"value"} for extra in seen)
+    assert seen[-1]["value"] == 3.0

@@ -1,0 +1,441 @@
+"""`weight_normalized` against training (g, v) explicitly with the same optimizer."""
+
+import itertools
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from flax.training.train_state import TrainState
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+import wnjax
+from tests import toys
+
+STEPS = 500
+AXES = {".*/kernel": 1, ".*/bias": None}
+
+
+@pytest.fixture
+def standard_promotion():
+    """Optax itself promotes its step counts."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def only(label):
+    """A mask of the arrays with one of the labels."""
+    return lambda tree: jax.tree.map(lambda x: x == label, wnjax.labels(tree))
+
+
+OPTIMIZERS = {
+    "sgd": lambda: optax.sgd(0.05),
+    "momentum": lambda: optax.sgd(0.02, momentum=0.9),
+    "nesterov": lambda: optax.sgd(0.02, momentum=0.9, nesterov=True),
+    "adam": lambda: optax.adam(1e-2),
+    "adam_schedule": lambda: optax.adam(optax.cosine_decay_schedule(1e-2, STEPS)),
+    "adamw_decay_of_g": lambda: optax.adamw(1e-2, weight_decay=0.1, mask=only("g")),
+    "lion": lambda: optax.lion(1e-3),
+    "rmsprop": lambda: optax.rmsprop(1e-3),
+    "adafactor": lambda: optax.adafactor(1e-2),
+    "lamb": lambda: optax.lamb(1e-2),
+    "clipping": lambda: optax.chain(optax.clip_by_global_norm(0.1), optax.adam(1e-2)),
+    "multi_transform_inside": lambda: optax.multi_transform(
+        {"g": optax.adam(1e-2), "v": optax.sgd(0.1), "other": optax.set_to_zero()}, wnjax.labels
+    ),
+    "multi_steps_inside": lambda: optax.MultiSteps(optax.adam(1e-2), 4).gradient_transformation(),
+    "inject_hyperparams": lambda: optax.inject_hyperparams(optax.adam)(
+        optax.linear_schedule(1e-2, 1e-3, STEPS)
+    ),
+}
+
+
+def loss(params, x, y):
+    def dense(layer, x):
+        z = x @ layer["kernel"]
+        return z + jnp.broadcast_to(layer["bias"], z.shape)
+
+    return jnp.mean((dense(params["second"], jnp.tanh(dense(params["first"], x))) - y) ** 2)
+
+
+def problem(dtype):
+    keys = jax.random.split(jax.random.key(7))
+    x, y = (
+        jax.random.normal(k, shape, dtype)
+        for k, shape in zip(keys, [(32, 3), (32, 16)], strict=True)
+    )
+    return toys.mlp_params(dtype), x, y
+
+
+def trajectory(optimizer, params, loss, steps):
+    """The parameters after some steps, in one compiled loop."""
+
+    @jax.jit
+    def run(params):
+        def step(carry, _):
+            params, state = carry
+            updates, state = optimizer.update(jax.grad(loss)(params), state, params)
+            return (optax.apply_updates(params, updates), state), None
+
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            return jax.lax.scan(step, (params, optimizer.init(params)), length=steps)[0][0]
+
+    return run(params)
+
+
+def distance(a, b):
+    """The largest difference of a leaf, relative to its largest number."""
+    pairs = zip(*map(jax.tree.leaves, (a, b)), strict=True)
+    wide = ((np.asarray(x, np.float64), np.asarray(y, np.float64)) for x, y in pairs)
+    return max(np.abs(x - y).max() / np.abs(y).max() for x, y in wide)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_trajectory_is_that_of_g_and_v(name):
+    params, x, y = problem(jnp.float64)
+    optimizer, nodes = OPTIMIZERS[name](), wnjax.weight_norm(params, AXES)
+    plain = trajectory(
+        wnjax.weight_normalized(optimizer, AXES), params, lambda p: loss(p, x, y), STEPS
+    )
+
+    def explicit(nodes):
+        return wnjax.fold(trajectory(optimizer, nodes, lambda p: loss(wnjax.fold(p), x, y), STEPS))
+
+    expected = explicit(nodes)
+    off = jax.tree.map(lambda w: w * (1 + 2**-52 * jnp.sign(jnp.sin(1e6 * w))), nodes)
+    assert distance(expected, params) > 0.05
+    assert distance(plain, expected) <= max(1e-12, 100 * distance(explicit(off), expected))
+
+
+@pytest.mark.usefixtures("x64")
+def test_multi_steps_around():
+    params, x, y = problem(jnp.float64)
+
+    def every_fourth(optimizer):
+        return optax.MultiSteps(optimizer, 4).gradient_transformation()
+
+    around = every_fourth(wnjax.weight_normalized(optax.adam(1e-2), AXES))
+    plain = trajectory(around, params, lambda p: loss(p, x, y), 40)
+    inner = wnjax.weight_normalized(every_fourth(optax.adam(1e-2)), AXES)
+    expected = trajectory(inner, params, lambda p: loss(p, x, y), 40)
+    assert distance(plain, expected) < 1e-6  # optax averages the gradients in float32
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(
+    "optimizer", [optax.sgd(0.1, momentum=0.95), optax.adam(0.2), optax.lion(0.3)]
+)
+def test_g_crosses_zero(optimizer):
+    """The target's neurons point the other way, and large steps go past 0 again and again."""
+    params = {"kernel": jax.random.normal(jax.random.key(0), (6, 5), jnp.float64)}
+    nodes = wnjax.weight_norm(params)
+
+    def quadratic(params):
+        return jnp.sum((params["kernel"] + 0.3 * jnp.sign(target)) ** 2)
+
+    target = params["kernel"]
+    explicit, signs = nodes, []
+    state = optimizer.init(explicit)
+    wrapped = wnjax.weight_normalized(optimizer)
+    plain, plain_state = params, wrapped.init(params)
+    for _ in range(60):
+        with jax.numpy_dtype_promotion("standard"):
+            grads = jax.grad(lambda t: quadratic(wnjax.fold(t)))(explicit)
+            updates, state = optimizer.update(grads, state, explicit)
+            explicit = optax.apply_updates(explicit, updates)
+            updates, plain_state = wrapped.update(jax.grad(quadratic)(plain), plain_state, plain)
+            plain = optax.apply_updates(plain, updates)
+        signs.append(np.sign(explicit["kernel"].g))
+    assert (np.diff(np.stack(signs), axis=0) != 0).sum() >= 5
+    assert distance(plain, wnjax.fold(explicit)) < 1e-8
+
+
+def test_a_step_to_exactly_zero_is_gone_on_from():
+    params = {"kernel": jnp.array([[3.0], [4.0]])}
+    optimizer = wnjax.weight_normalized(optax.sgd(1.0))
+    state = optimizer.init(params)
+    away = {"kernel": jnp.array([[3.0], [4.0]])}  # ⟨grad, v⟩/‖v‖ = 5 = g
+    updates, state = optimizer.update(away, state, params)
+    params = optax.apply_updates(params, updates)
+    np.testing.assert_array_equal(params["kernel"], 0)
+    updates, state = optimizer.update({"kernel": jnp.array([[0.0], [2.0]])}, state, params)
+    params = optax.apply_updates(params, updates)
+    np.testing.assert_allclose(params["kernel"], [[0], [-2]], atol=1e-6)
+    chex.assert_tree_all_finite(state)
+
+
+def test_zero_neurons_train():
+    params, x, y = problem(jnp.float32)
+    params["second"]["kernel"] = jnp.zeros((8, 16))
+    before = loss(params, x, y)
+    optimizer = wnjax.weight_normalized(optax.adam(1e-2), AXES)
+    trained = trajectory(optimizer, params, lambda p: loss(p, x, y), 200)
+    chex.assert_tree_all_finite(trained)
+    assert (jnp.abs(trained["second"]["kernel"]).max(0) > 1e-2).all()
+    assert loss(trained, x, y) < 0.8 * before
+
+
+@pytest.mark.parametrize("near", [1e-3, 1e-5, 1e-7])
+def test_the_remainder_keeps_directions_close_to_zero(near):
+    """One step takes g to almost 0, the next one back."""
+    w = jax.random.normal(jax.random.key(0), (64, 4))
+    norm = jnp.linalg.norm(w, axis=0, keepdims=True)
+    errors = {}
+    for remainder in (False, True):
+        optimizer = wnjax.weight_normalized(optax.sgd(1.0), remainder=remainder)
+        params = {"kernel": w}
+        state = optimizer.init(params)
+        grads = {"kernel": w / norm * (1 - near) * norm}
+        for sign in (1, -1):
+            updates, state = optimizer.update(
+                jax.tree.map(lambda g, sign=sign: sign * g, grads), state, params
+            )
+            params = optax.apply_updates(params, updates)
+        errors[remainder] = distance(params["kernel"], w)
+    assert errors[True] < 1e-5
+    if near == 1e-7:
+        assert errors[False] > 1e-2  # so that the test can fail
+
+
+@pytest.mark.usefixtures("x64")
+def test_bfloat16_with_the_remainder():
+    params, x, y = problem(jnp.float64)
+    coarse = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)
+    start = jax.tree.map(lambda p: p.astype(jnp.float64), coarse)
+
+    def coarse_loss(params):
+        return loss(jax.tree.map(lambda p: p.astype(jnp.float64), params), x, y)
+
+    exact = trajectory(wnjax.weight_normalized(optax.adam(1e-3), AXES), start, coarse_loss, 200)
+
+    def off(remainder):
+        optimizer = wnjax.weight_normalized(optax.adam(1e-3), AXES, remainder=remainder)
+        found = trajectory(optimizer, coarse, coarse_loss, 200)
+        moved, should = (
+            np.concatenate(
+                [
+                    (
+                        np.asarray(p[k]["kernel"], np.float64) - np.asarray(start[k]["kernel"])
+                    ).ravel()
+                    for k in ("first", "second")
+                ]
+            )
+            for p in (found, exact)
+        )
+        return np.linalg.norm(moved - should) / np.linalg.norm(should)
+
+    assert off(None) < 0.02
+    assert off(False) > 0.2  # so that the test can fail
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_masks_and_groups_around():
+    params, x, y = problem(jnp.float32)
+    labels = {"first": "wn", "second": "plain"}
+    grads = jax.grad(loss)(params, x, y)
+    groups = {"wn": wnjax.weight_normalized(optax.adam(1e-2), AXES), "plain": optax.sgd(0.1)}
+    around = optax.multi_transform(groups, labels)
+    updates, _ = around.update(grads, around.init(params), params)
+    alone = wnjax.weight_normalized(optax.adam(1e-2), AXES)
+    expected, _ = alone.update(grads, alone.init(params), params)
+    chex.assert_trees_all_close(updates["first"], expected["first"], rtol=1e-6)
+    chex.assert_trees_all_close(
+        updates["second"], jax.tree.map(lambda g: -0.1 * g, grads["second"])
+    )
+    axes = wnjax.neurons(lambda p, x: loss(p, x, y), params, x)
+    for one in (axes, None, lambda path, leaf: 1 if "kernel" in path else None):
+        masked = optax.masked(
+            wnjax.weight_normalized(optax.adam(1e-2), one), {"first": True, "second": False}
+        )
+        updates, _ = masked.update(grads, masked.init(params), params)
+        chex.assert_trees_all_close(updates["first"], expected["first"], rtol=1e-6)
+        chex.assert_trees_all_equal(updates["second"], grads["second"])
+
+
+def test_optax_finds_its_way_in_the_state():
+    params, _, _ = problem(jnp.float32)
+    optimizer = wnjax.weight_normalized(optax.inject_hyperparams(optax.adam)(1e-2), AXES)
+    state = optimizer.init(params)
+    doubled = optax.tree_map_params(optimizer, lambda x: x + 1, state)
+    ((_, mu),) = optax.tree_utils.tree_get_all_with_path(doubled, "mu")
+    assert float(mu["first"]["kernel"].g[0, 0]) == 1
+    length, before = (s.lengths["first"]["kernel"].g for s in (doubled, state))
+    np.testing.assert_allclose(length, before + 1)
+    np.testing.assert_allclose(optax.tree_utils.tree_get(state, "learning_rate"), 1e-2)
+    names = optax.tree_map_params(
+        optimizer,
+        lambda _, name: name,
+        state,
+        wnjax.labels(wnjax.weight_norm(params, AXES)),
+        is_leaf=lambda x: isinstance(x, optax.MaskedNode),
+    )
+    assert names.lengths["second"]["kernel"] == wnjax.WeightNorm("g", "v")
+
+
+def test_line_searches_see_functions_of_nodes():
+    params, x, y = problem(jnp.float32)
+    optimizer = wnjax.weight_normalized(optax.lbfgs(), AXES)
+    state, values = optimizer.init(params), []
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+
+        @jax.jit
+        def step(params, state):
+            value, grads = jax.value_and_grad(loss)(params, x, y)
+            updates, state = optimizer.update(
+                grads, state, params, value=value, grad=grads, value_fn=lambda p: loss(p, x, y)
+            )
+            return optax.apply_updates(params, updates), state, value
+
+        for _ in range(10):
+            params, state, value = step(params, state)
+            values.append(float(value))
+    assert all(b < a for a, b in itertools.pairwise(values))
+    assert values[-1] < 0.6 * values[0]
+
+
+@pytest.mark.parametrize("edit", ["average", "half", "clip"])
+def test_other_parameters_are_gone_on_with(edit):
+    params, x, y = problem(jnp.float32)
+    optimizer = wnjax.weight_normalized(optax.sgd(0.1), AXES)
+    state = optimizer.init(params)
+    grads = jax.grad(loss)(params, x, y)
+    updates, state = optimizer.update(grads, state, params)
+    stepped = optax.apply_updates(params, updates)
+    other = {
+        "average": jax.tree.map(lambda a, b: 0.5 * (a + b), params, stepped),
+        "half": {"first": params["first"], "second": stepped["second"]},
+        "clip": jax.tree.map(lambda p: jnp.clip(p, -0.5, 0.5), stepped),
+    }[edit]
+    grads = jax.grad(loss)(other, x, y)
+    updates, _ = optimizer.update(grads, state, other)
+    nodes = wnjax.weight_norm(other, AXES)  # as if v had followed w at the length it had
+    lengths = {k: state.lengths[k]["kernel"].g for k in nodes}
+    nodes = {
+        k: v | {"kernel": v["kernel"]._replace(v=v["kernel"].v / v["kernel"].g * lengths[k])}
+        for k, v in nodes.items()
+    }
+    nodes_grads = jax.grad(lambda t: loss(wnjax.fold(t), x, y))(nodes)
+    expected = jax.tree.map(lambda p, g: p - 0.1 * g, nodes, nodes_grads)
+    chex.assert_trees_all_close(
+        optax.apply_updates(other, updates), wnjax.fold(expected), rtol=2e-5, atol=2e-6
+    )
+
+
+def test_state_and_compilation():
+    params, x, y = problem(jnp.float32)
+    optimizer = wnjax.weight_normalized(optax.sgd(0.1), AXES)
+    state = optimizer.init(params)
+    assert sum(x.size for x in jax.tree.leaves(state)) == 8 + 16
+
+    @chex.assert_max_traces(n=1)
+    def step(params, state):
+        updates, state = optimizer.update(jax.grad(loss)(params, x, y), state, params)
+        return optax.apply_updates(params, updates), state
+
+    jitted = jax.jit(step, donate_argnums=(0, 1))
+    given = params["first"]["kernel"]
+    for _ in range(3):
+        params, state = jitted(params, state)
+    assert given.is_deleted()
+
+
+def test_zero_updates_leave_weights_alone():
+    params, x, y = problem(jnp.float32)
+    optimizer = wnjax.weight_normalized(optax.set_to_zero(), AXES)
+    updates, _ = optimizer.update(jax.grad(loss)(params, x, y), optimizer.init(params), params)
+    chex.assert_trees_all_equal(updates, jax.tree.map(jnp.zeros_like, params))
+
+
+def test_train_state():
+    model, x = nn.Dense(4), jax.random.normal(jax.random.key(0), (32, 3))
+    params = model.init(jax.random.key(1), x)["params"]
+    state = TrainState.create(
+        apply_fn=model.apply, params=params, tx=wnjax.weight_normalized(optax.adam(1e-2))
+    )
+
+    def loss(params):
+        return jnp.mean((state.apply_fn({"params": params}, x) - 1) ** 2)
+
+    before = loss(params)
+    with jax.numpy_dtype_promotion("standard"):
+        for _ in range(50):
+            state = state.apply_gradients(grads=jax.grad(loss)(state.params))
+    assert loss(state.params) < 0.8 * before
+
+
+def test_nnx_optimizer():
+    model, x = toys.TwoLayers(nnx.Rngs(0)), jax.random.normal(jax.random.key(0), (32, 3))
+    optimizer = nnx.Optimizer(model, wnjax.weight_normalized(optax.adam(1e-2)), wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model, optimizer):
+        value, grads = nnx.value_and_grad(lambda m: jnp.mean((m(x) - 1) ** 2))(model)
+        optimizer.update(model, grads)
+        return value
+
+    with jax.numpy_dtype_promotion("standard"):
+        values = [float(step(model, optimizer)) for _ in range(60)]
+    assert values[-1] < 0.7 * values[0]
+
+
+@pytest.mark.parametrize("name", toys.TREES)
+def test_every_tree(name):
+    params = toys.TREES[name]()
+    optimizer = wnjax.weight_normalized(optax.adam(1e-2), {".*kernel": 1, ".*bias": None})
+    grads = jax.tree.map(jnp.ones_like, params)
+    with jax.numpy_dtype_promotion("standard"):
+        updates, state = optimizer.update(grads, optimizer.init(params), params)
+        updates, _ = optimizer.update(grads, state, params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
+    chex.assert_tree_all_finite(updates)
+
+
+def test_sharded_parameters():
+    params, x, y = problem(jnp.float32)
+    mesh = Mesh(jax.devices(), "i")
+    spec = jax.tree.map(lambda p: PartitionSpec(*[None] * (p.ndim - 1), "i"), params)
+    sharded = jax.tree.map(lambda p, s: jax.device_put(p, NamedSharding(mesh, s)), params, spec)
+    optimizer = wnjax.weight_normalized(optax.adam(1e-2), AXES)
+    found = trajectory(optimizer, sharded, lambda p: loss(p, x, y), 20)
+    expected = trajectory(optimizer, params, lambda p: loss(p, x, y), 20)
+    chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert not found["first"]["kernel"].sharding.is_fully_replicated
+
+
+def compiled_bytes(optimizer):
+    params = {"kernel": jax.ShapeDtypeStruct((2048, 2048), jnp.float32)}
+    with jax.numpy_dtype_promotion("standard"):
+        state = jax.eval_shape(optimizer.init, params)
+
+        def update(grads, state, params):
+            updates, state = optimizer.update(grads, state, params)
+            return optax.apply_updates(params, updates), state
+
+        compiled = jax.jit(update, donate_argnums=(1, 2)).lower(params, state, params).compile()
+    return compiled.cost_analysis()["bytes accessed"]
+
+
+def test_bytes_of_an_update():
+    plain, wrapped = optax.adam(1e-3), wnjax.weight_normalized(optax.adam(1e-3))
+    assert compiled_bytes(wrapped) <= 1.45 * compiled_bytes(plain)
+
+
+def test_errors():
+    params, _, _ = problem(jnp.float32)
+    optimizer = wnjax.weight_normalized(optax.sgd(0.1), AXES)
+    state = optimizer.init(params)
+    with pytest.raises(ValueError, match="pass them"):
+        optimizer.update(params, state)
+    with pytest.raises(ValueError, match=r"nodes already.*\n  first/kernel"):
+        optimizer.init(wnjax.weight_norm(params, AXES))
+    with pytest.raises(ValueError, match="no leaf is a weight"):
+        wnjax.weight_normalized(optax.sgd(0.1)).init({"bias": jnp.ones(3)})
+    with pytest.raises(ValueError, match="matches no leaf"):
+        wnjax.weight_normalized(optax.sgd(0.1), {"nothing": 0}).init(params)
+    with pytest.raises(TypeError, match="first/kernel has dtype int32"):
+        optimizer.init(jax.tree.map(lambda p: p.astype(jnp.int32), params))

@@ -1,0 +1,101 @@
+"""`data_initialized`: an optimizer whose first step initializes from a minibatch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+from wnjax._data_init import data_init
+
+
+class DataInitializedState(NamedTuple):
+    """The state of `data_initialized`.
+
+    Attributes:
+      inner: the optimizer's.
+      initialized: a boolean array: whether the first step is done.
+    """
+
+    inner: Any
+    initialized: Any
+
+
+def data_initialized(
+    optimizer: optax.GradientTransformation, fn: Callable[..., Any], **options: Any
+) -> optax.GradientTransformationExtraArgs:
+    """Makes the first `update` the initialization by `data_init`; all later ones are `optimizer`'s.
+
+    It is one function to compile. The first call leaves the optimizer's state and the
+    gradients alone, later ones do not pay for the initialization.
+
+    Source: Salimans & Kingma 2016, https://arxiv.org/abs/1602.07868, section 3.
+
+    Args:
+      optimizer: of plain parameters, `weight_normalized` for one, or of a tree with nodes.
+      fn: the forward function `fn(params, batch)`, as for `data_init`.
+      **options: of `data_init`: `std`, `axis_name`.
+
+    Returns:
+      A gradient transformation. Its `update` needs `params` and, by keyword, `batch`: the
+      second argument of `fn`. Only where it is known, outside of `jit`, that the first step
+      is done, `batch` may be left out. Other extra arguments are passed on.
+
+    Raises:
+      ValueError: by `update`: if `params` or `batch` are missing; and as `data_init`.
+
+    >>> import jax, jax.numpy as jnp, optax
+    >>> import wnjax
+    >>> params = {"kernel": jnp.ones((1, 1)), "bias": jnp.zeros(1)}
+    >>> def fn(params, x):
+    ...     return x @ params["kernel"] + params["bias"]
+    >>> optimizer = wnjax.data_initialized(wnjax.weight_normalized(optax.adam(1e-3)), fn)
+    >>> state = optimizer.init(params)
+    >>> batch = jnp.linspace(1, 9, 101)[:, None]
+    >>> updates, state = optimizer.update(params, state, params, batch=batch)
+    >>> y = fn(optax.apply_updates(params, updates), batch)
+    >>> float(y.std().round(3)), float(abs(y.mean()).round(3))
+    (1.0, 0.0)
+    """
+    inner = optax.with_extra_args_support(optimizer)
+
+    def init(params: chex.ArrayTree) -> DataInitializedState:
+        return DataInitializedState(inner.init(params), jnp.zeros((), bool))
+
+    def update(
+        updates: chex.ArrayTree,
+        state: DataInitializedState,
+        params: chex.ArrayTree | None = None,
+        *,
+        batch: Any = None,
+        **extra: Any,
+    ) -> tuple[chex.ArrayTree, DataInitializedState]:
+        if params is None:
+            raise ValueError("data_initialized sets the params: pass them")
+        is_known = not isinstance(state.initialized, jax.core.Tracer)
+
+        def step() -> Any:
+            return inner.update(updates, state.inner, params, **extra)
+
+        def initialize() -> Any:
+            new = data_init(fn, params, batch, **options)
+            like = jax.eval_shape(step)[0]
+            change = jax.tree.map(lambda a, b, x: (a - b).astype(x.dtype), new, params, like)
+            return change, state.inner
+
+        if is_known and state.initialized:
+            changes, inner_state = step()
+        elif batch is None:
+            raise ValueError(
+                "data_initialized: the first step initializes from a minibatch: pass batch=... to "
+                "update; under jit in every step, since there no step is known to be the first"
+            )
+        else:
+            changes, inner_state = jax.lax.cond(state.initialized, step, initialize)
+        return changes, DataInitializedState(inner_state, jnp.ones((), bool))
+
+    return optax.GradientTransformationExtraArgs(init, update)
