@@ -3,6 +3,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 NEWEST := .venv-newest/bin
+DEMO := plain weight_norm weight_norm_init batch_norm mean_only
 PIP_FLAGS := --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
@@ -11,12 +12,12 @@ PIP_FLAGS := --quiet --disable-pip-version-check
 help: ## what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
 
-demo: .venv/ready ## train on real digits for about a minute: a table and a picture
+demo: .venv/ready ## train on real digits for two minutes: a table and a picture
 	rm -rf runs/demo
-	$(BIN)/python -m experiments.train --config=configs/digits.py:plain --workdir=runs/demo/plain
-	$(BIN)/python -m experiments.train --config=configs/digits.py:weight_norm --workdir=runs/demo/weight_norm
-	$(BIN)/python -m experiments.train --config=configs/digits.py:batch_norm --workdir=runs/demo/batch_norm
-	$(BIN)/python -m experiments.report runs/demo/plain runs/demo/weight_norm runs/demo/batch_norm --out=runs/demo/digits.png
+	for variant in $(DEMO); do \
+	  $(BIN)/python -m experiments.train --config=configs/digits.py:$$variant --workdir=runs/demo/$$variant || exit 1; \
+	done
+	$(BIN)/python -m experiments.report $(DEMO:%=runs/demo/%) --out=runs/demo/digits.png
 
 test: lint types check ## all checks: lint, format, types, doctests, tests
 

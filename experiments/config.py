@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from absl import flags
 from ml_collections import config_flags
@@ -20,7 +20,27 @@ class Norm(enum.Enum):
 
     PLAIN = "plain"
     WEIGHT_NORM = "weight_norm"
+    WEIGHT_NORM_INIT = "weight_norm_init"  # with gains and biases from a minibatch
     BATCH_NORM = "batch_norm"
+    MEAN_ONLY = "mean_only"  # batch normalization of means
+    WEIGHT_NORM_MEAN_ONLY = "weight_norm_mean_only"  # both, initialized from a minibatch
+
+    @property
+    def of_weights(self) -> bool:
+        """Whether weights are normalized."""
+        return "weight_norm" in self.value
+
+    @property
+    def from_data(self) -> bool:
+        """Whether gains and biases are initialized from a minibatch."""
+        return self in (Norm.WEIGHT_NORM_INIT, Norm.WEIGHT_NORM_MEAN_ONLY)
+
+    @property
+    def of_activations(self) -> Literal["batch", "mean_only"] | None:
+        """What normalizes the outputs of layers."""
+        if self is Norm.BATCH_NORM:
+            return "batch"
+        return "mean_only" if "mean_only" in self.value else None
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
@@ -28,7 +48,8 @@ class Config:
     """One training run.
 
     Attributes:
-      norm: what normalizes the layers: plain, weight_norm or batch_norm.
+      norm: what normalizes the layers: plain, weight_norm, weight_norm_init, batch_norm, mean_only
+        or weight_norm_mean_only.
       widths: output channels of the 3x3 convolutions; all but the first halve the image.
       learning_rate: of stochastic gradient descent, constant.
       momentum: of the same; 0 for none.
@@ -37,6 +58,7 @@ class Config:
       steps_per_chunk: steps compiled into one program; the test error is taken after each chunk.
       unroll: write the steps of a chunk out instead of looping over them. Compiling takes
         longer, but XLA's convolutions on a CPU are several times slower inside a loop.
+      init_images: images behind data-dependent initialization, for the variants that have it.
       seeds: networks trained side by side, from seed on upwards.
       seed: of the first network: its initialization and its order of images.
     """
@@ -49,6 +71,7 @@ class Config:
     steps: int = 400
     steps_per_chunk: int = 20
     unroll: bool = False
+    init_images: int = 500
     seeds: int = 3
     seed: int = 0
 
@@ -63,7 +86,8 @@ class Config:
                 raise TypeError(
                     f"{field.name} must be of type {field.type.__name__}, got {value!r}"
                 )
-        for name in ("learning_rate", "batch_size", "steps", "steps_per_chunk", "seeds"):
+        positive = "learning_rate", "batch_size", "steps", "steps_per_chunk", "init_images", "seeds"
+        for name in positive:
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         if not self.widths or not all(isinstance(w, int) and w > 0 for w in self.widths):

@@ -6,9 +6,11 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 
+import wnjax
+
 Layer = Callable[..., jax.Array]
 Wrapper = Callable[[Any], Layer]  # such as nn.WeightNorm
-ActivationNorm = Literal["batch", "layer"] | None
+ActivationNorm = Literal["batch", "layer", "mean_only"] | None
 
 
 def unwrapped(layer: Layer) -> Layer:
@@ -19,28 +21,26 @@ def unwrapped(layer: Layer) -> Layer:
 class ConvNet(nn.Module):
     """3x3 convolutions with ReLU, the average over the image, and a dense layer.
 
-    All convolutions but the first halve the image. With `batch_norm`, every convolution is
-    followed by batch normalization, and has no bias of its own.
+    All convolutions but the first halve the image. What normalizes their outputs has a bias, so
+    that they have none of their own then.
 
     Attributes:
       widths: the output channels of the convolutions.
       classes: the number of outputs.
-      batch_norm: whether to normalize batches.
+      norm: what normalizes the outputs of the convolutions, before ReLU.
     """
 
     widths: tuple[int, ...]
     classes: int
-    batch_norm: bool = False
+    norm: ActivationNorm = None
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
         """Logits (batch, classes) of images (batch, height, width, channels)."""
         x = images
         for i, width in enumerate(self.widths):
-            x = nn.Conv(width, (3, 3), strides=2 if i else 1, use_bias=not self.batch_norm)(x)
-            if self.batch_norm:
-                x = nn.BatchNorm(use_running_average=not train, momentum=0.9)(x)
-            x = nn.relu(x)
+            x = nn.Conv(width, (3, 3), strides=2 if i else 1, use_bias=self.norm is None)(x)
+            x = nn.relu(normalize_activations(x, self.norm, train))
         return nn.Dense(self.classes)(x.mean(axis=(1, 2)))
 
 
@@ -158,6 +158,8 @@ def normalize_activations(x: jax.Array, norm: ActivationNorm, train: bool) -> ja
     """A layer of the network that is being built, which normalizes x; none for None."""
     if norm == "batch":
         x = nn.BatchNorm(use_running_average=not train, momentum=0.9)(x)
+    elif norm == "mean_only":
+        x = wnjax.linen.MeanOnlyBatchNorm(use_running_average=not train, momentum=0.9)(x)
     elif norm == "layer":
         x = nn.LayerNorm()(x)
     return x

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 import wnjax
 from experiments import records
-from experiments.config import USAGE, Config, ConfigError, Norm, parse
+from experiments.config import USAGE, Config, ConfigError, parse
 from experiments.data import Data, Split, batch_indices, digits
 from experiments.models import ConvNet
 
@@ -46,17 +46,22 @@ class Trainer:
     def __init__(self, config: Config):
         """Takes what does not change: the network and its optimizer."""
         self.config = config
-        self.model = ConvNet(config.widths, 10, batch_norm=config.norm is Norm.BATCH_NORM)
+        self.model = ConvNet(config.widths, 10, config.norm.of_activations)
         self.optimizer = optax.sgd(config.learning_rate, config.momentum)
 
     def init(self, key: jax.Array, images: jax.Array) -> State:
         """The state of one network before its first step."""
         init_key, order_key = jax.random.split(key)
+        batch_key = jax.random.fold_in(init_key, 1)
         variables = self.model.init(init_key, images[:1], train=True)
         params = variables.pop("params")
-        if self.config.norm is Norm.WEIGHT_NORM:
+        if self.config.norm.of_weights:
             axes = wnjax.neurons(self.forward, params, variables, images[:2], train=True)
             params = wnjax.weight_norm(params, axes)
+        if self.config.norm.from_data:
+            shape = (self.config.init_images,)
+            batch = images[jax.random.choice(batch_key, len(images), shape, replace=False)]
+            params = wnjax.data_init(self.forward, params, variables, batch, train=True)
         return State(jnp.int32(0), order_key, params, variables, self.optimizer.init(params))
 
     def forward(
@@ -118,15 +123,16 @@ def train(config: Config, workdir: Path) -> Metrics:
       RecordError: if `workdir` holds another run.
     """
     data, trainer = digits(), Trainer(config)
-    if config.batch_size > (images := len(data.train.labels)):
-        raise ConfigError(
-            f"batch_size must be at most {images}, the number of training images, "
-            f"got {config.batch_size}"
-        )
+    images = len(data.train.labels)
+    for name in ("batch_size", "init_images"):
+        if (size := getattr(config, name)) > images:
+            raise ConfigError(
+                f"{name} must be at most {images}, the number of training images, got {size}"
+            )
     records.create(workdir, config)
     keys = jax.vmap(jax.random.key)(config.seed + jnp.arange(config.seeds))
     states = jax.jit(jax.vmap(trainer.init, in_axes=(0, None)))(keys, data.train.images)
-    if config.norm is Norm.WEIGHT_NORM:
+    if config.norm.of_weights:
         one = jax.tree.map(lambda x: x[0], states.params)
         log.info("the first of %d networks:\n%s", config.seeds, wnjax.summary(one))
     log.info("compiling")
