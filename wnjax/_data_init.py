@@ -252,8 +252,7 @@ class _Plan:
 
     def warn(self, samples: Mapping[int, int]) -> None:
         """Of weights that were left alone, and of moments that mean little."""
-        weights = (leaf for leaf in self.reasons if self.nodes[leaf] or not any(self.nodes))
-        alone = [leaf for leaf in weights if not isinstance(self.decisions[leaf], NotNeuron)]
+        alone = [leaf for leaf in self.reasons if self._is_wanted(leaf)]
         if alone:
             lines = listing(f"{self.paths[leaf]}: {self.reasons[leaf]}" for leaf in alone)
             warnings.warn(f"data_init leaves these weights alone:{lines}", stacklevel=3)
@@ -264,6 +263,12 @@ class _Plan:
                 f"of another minibatch will be far off. Give it more examples:{lines}",
                 stacklevel=3,
             )
+
+    def _is_wanted(self, leaf: int) -> bool:
+        """Whether a leaf is one to initialize, if that can be done."""
+        if any(self.nodes):
+            return self.nodes[leaf] is not None
+        return not isinstance(self.decisions[leaf], NotNeuron)
 
     def report(
         self, leaf: int, found: Mapping[int, Any], samples: Mapping[int, int]
