@@ -422,7 +422,9 @@ def compiled_bytes(optimizer):
 
 def test_bytes_of_an_update():
     plain, wrapped = optax.adam(1e-3), wnjax.weight_normalized(optax.adam(1e-3))
-    assert compiled_bytes(wrapped) <= 1.45 * compiled_bytes(plain)
+    # From jax 0.11 on, XLA stores Adam's update before and after it is scaled.
+    limit = 1.45 if jax.__version_info__ < (0, 11) else 1.51
+    assert compiled_bytes(wrapped) <= limit * compiled_bytes(plain)
 
 
 def test_errors():
