@@ -13,16 +13,8 @@ from tests import toys
 AXES = {".*/kernel": 1, ".*/bias": None}
 
 
-def fn(params, x):
-    def dense(layer, x):
-        y = x @ layer["kernel"]
-        return y + jnp.broadcast_to(layer["bias"], y.shape)
-
-    return dense(params["second"], jnp.tanh(dense(params["first"], x)))
-
-
 def loss(params, batch):
-    return jnp.mean((fn(params, batch) - 1) ** 2)
+    return jnp.mean((toys.mlp(params, batch) - 1) ** 2)
 
 
 BATCH = 2 + jax.random.normal(jax.random.key(3), (200, 3))
@@ -41,7 +33,7 @@ def test_first_step_initializes_and_the_others_are_the_optimizers(name, jit):
     inner, has_nodes = OPTIMIZERS[name]
     params = toys.mlp_params()
     start = wnjax.weight_norm(params, AXES) if has_nodes else params
-    optimizer = wnjax.data_initialized(inner, fn)
+    optimizer = wnjax.data_initialized(inner, toys.mlp)
 
     def step(params, state, batch):
         grads = jax.grad(lambda p: loss(wnjax.fold(p), batch))(params)
@@ -60,10 +52,10 @@ def test_first_step_initializes_and_the_others_are_the_optimizers(name, jit):
         state = optimizer.init(start)
         before = jax.tree.map(jnp.copy, state.inner)
         found, state = step(start, state, BATCH)
-        initialized = wnjax.data_init(fn, start, BATCH)
+        initialized = wnjax.data_init(toys.mlp, start, BATCH)
         chex.assert_trees_all_close(found, initialized, rtol=1e-4, atol=1e-5)
         chex.assert_trees_all_equal(state.inner, before)
-        y = fn(wnjax.fold(found), BATCH)
+        y = toys.mlp(wnjax.fold(found), BATCH)
         assert float(jnp.abs(y.mean(0)).max()) < 1e-4
         assert float(jnp.abs(y.std(0) - 1).max()) < 1e-3
         expected, expected_state = found, before
@@ -79,7 +71,7 @@ def test_first_step_initializes_and_the_others_are_the_optimizers(name, jit):
 
 def test_without_a_batch():
     params = toys.mlp_params()
-    optimizer = wnjax.data_initialized(optax.sgd(0.1), fn)
+    optimizer = wnjax.data_initialized(optax.sgd(0.1), toys.mlp)
     state = optimizer.init(params)
     with pytest.raises(ValueError, match=r"pass batch=\.\.\. to update"):
         optimizer.update(params, state, params)
@@ -100,13 +92,13 @@ def test_options_and_extra_arguments_are_passed_on():
         return updates, state
 
     inner = optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), remember)
-    optimizer = wnjax.data_initialized(inner, fn, std={"second/kernel": 0.25})
+    optimizer = wnjax.data_initialized(inner, toys.mlp, std={"second/kernel": 0.25})
     params = toys.mlp_params()
     updates, state = optimizer.update(
         params, optimizer.init(params), params, batch=BATCH, value=jnp.ones(())
     )
     np.testing.assert_allclose(
-        fn(optax.apply_updates(params, updates), BATCH).std(0), 0.25, rtol=1e-3
+        toys.mlp(optax.apply_updates(params, updates), BATCH).std(0), 0.25, rtol=1e-3
     )
     optimizer.update(params, state, params, value=3.0)
     assert all(extra.keys() == {"value"} for extra in seen)

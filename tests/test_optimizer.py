@@ -55,11 +55,7 @@ OPTIMIZERS = {
 
 
 def loss(params, x, y):
-    def dense(layer, x):
-        z = x @ layer["kernel"]
-        return z + jnp.broadcast_to(layer["bias"], z.shape)
-
-    return jnp.mean((dense(params["second"], jnp.tanh(dense(params["first"], x))) - y) ** 2)
+    return jnp.mean((toys.mlp(params, x) - y) ** 2)
 
 
 def problem(dtype):
@@ -408,23 +404,26 @@ def test_sharded_parameters():
 
 
 def compiled_bytes(optimizer):
+    """XLA's bytes for a step in place, in those of the weight."""
     params = {"kernel": jax.ShapeDtypeStruct((2048, 2048), jnp.float32)}
+
+    # JAX gives donated buffers to the results in their order: in another one, XLA has to copy.
+    def step(params, state, grads):
+        updates, state = optimizer.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
     with jax.numpy_dtype_promotion("standard"):
         state = jax.eval_shape(optimizer.init, params)
-
-        def update(grads, state, params):
-            updates, state = optimizer.update(grads, state, params)
-            return optax.apply_updates(params, updates), state
-
-        compiled = jax.jit(update, donate_argnums=(1, 2)).lower(params, state, params).compile()
-    return compiled.cost_analysis()["bytes accessed"]
+        compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, params).compile()
+    return compiled.cost_analysis()["bytes accessed"] / (2048 * 2048 * 4)
 
 
 def test_bytes_of_an_update():
-    plain, wrapped = optax.adam(1e-3), wnjax.weight_normalized(optax.adam(1e-3))
-    # From jax 0.11 on, XLA stores Adam's update before and after it is scaled.
-    limit = 1.45 if jax.__version_info__ < (0, 11) else 1.51
-    assert compiled_bytes(wrapped) <= limit * compiled_bytes(plain)
+    """Nine more than Adam: sums over w 3, over Δv 2; w beside the gradient 2; to store Δv 2."""
+    assert compiled_bytes(optax.adam(1e-3)) == pytest.approx(10, rel=0.01)
+    stored_twice = 0 if jax.__version_info__ < (0, 11) else 2  # Δv, before it is scaled too
+    wrapped = compiled_bytes(wnjax.weight_normalized(optax.adam(1e-3)))
+    assert wrapped <= 19.1 + stored_twice
 
 
 def test_errors():

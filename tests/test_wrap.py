@@ -96,14 +96,6 @@ def test_models(name):
     check(fn, params, args, 2e-3)
 
 
-def mlp(params, x):
-    def dense(layer, x):
-        y = x @ layer["kernel"]
-        return y + jnp.broadcast_to(layer["bias"], y.shape)
-
-    return dense(params["second"], jnp.tanh(dense(params["first"], x)))
-
-
 def stack(params, x):
     """The second kernel in a scan of rematerialized layers, the first one before it."""
 
@@ -128,7 +120,7 @@ def double_mlp_params():
     return jax.tree.map(lambda x: x.astype(jnp.float64), toys.mlp_params())
 
 
-FUNCTIONS = {"mlp": (mlp, double_mlp_params), "scanned_stack": (stack, stack_params)}
+FUNCTIONS = {"mlp": (toys.mlp, double_mlp_params), "scanned_stack": (stack, stack_params)}
 
 
 @pytest.fixture(params=FUNCTIONS)
@@ -220,15 +212,15 @@ def test_training_gives_the_same_losses_for_200_steps(name, x64, devices, always
 
 def test_no_weight_is_built_where_outputs_are_smaller():
     x = jnp.ones((2, 3))
-    tree = normalized(mlp, toys.mlp_params(), x)
+    tree = normalized(toys.mlp, toys.mlp_params(), x)
 
     def products(fn):  # of the second kernel with anything but itself, whose norm is taken
         eqns = jax.make_jaxpr(fn)(tree, x).jaxpr.eqns
         eqns = [e for e in eqns if e.primitive.name == "mul" and len(set(e.invars)) == 2]
         return [e for e in eqns if e.outvars[0].aval.shape == (8, 16)]
 
-    assert len(products(lambda t, x: mlp(wnjax.fold(t), x))) == 1
-    assert not products(wnjax.wrap(mlp))
+    assert len(products(lambda t, x: toys.mlp(wnjax.fold(t), x))) == 1
+    assert not products(wnjax.wrap(toys.mlp))
 
 
 def test_sizes_decide():
@@ -401,10 +393,10 @@ def test_log_scale_and_low_precision():
     x = jnp.ones((2, 3), jnp.bfloat16)
     params = toys.mlp_params(jnp.bfloat16)
     tree = wnjax.weight_norm(params, log_scale=True)
-    actual = wnjax.wrap(mlp)(tree, x)
+    actual = wnjax.wrap(toys.mlp)(tree, x)
     assert actual.dtype == jnp.bfloat16
     chex.assert_trees_all_close(
-        actual.astype(jnp.float32), mlp(params, x).astype(jnp.float32), atol=0.1
+        actual.astype(jnp.float32), toys.mlp(params, x).astype(jnp.float32), atol=0.1
     )
 
 
@@ -435,9 +427,9 @@ def test_a_tree_without_nodes_goes_to_fn_as_it_is():
 
 def test_compiles_once_and_takes_donated_input():
     x = jnp.ones((2, 3))
-    tree = normalized(mlp, toys.mlp_params(), x)
+    tree = normalized(toys.mlp, toys.mlp_params(), x)
     chex.clear_trace_counter()
-    step = jax.jit(chex.assert_max_traces(wnjax.wrap(mlp), 1))
+    step = jax.jit(chex.assert_max_traces(wnjax.wrap(toys.mlp), 1))
     chex.assert_trees_all_close(step(tree, x), step(tree, x))
-    grad = jax.jit(jax.grad(lambda t: wnjax.wrap(mlp)(t, x).sum()), donate_argnums=0)
+    grad = jax.jit(jax.grad(lambda t: wnjax.wrap(toys.mlp)(t, x).sum()), donate_argnums=0)
     chex.assert_tree_all_finite(grad(jax.tree.map(jnp.copy, tree)))

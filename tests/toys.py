@@ -75,6 +75,16 @@ def mlp_params(dtype=jnp.float32):
     }
 
 
+def mlp(params, x):
+    """The network of `mlp_params`, with tanh between its layers."""
+
+    def dense(layer, x):
+        y = x @ layer["kernel"]
+        return y + jnp.broadcast_to(layer["bias"], y.shape)
+
+    return dense(params["second"], jnp.tanh(dense(params["first"], x)))
+
+
 def boxed(params, names=("in", "out"), box=nn.Partitioned):
     """`params` with every kernel in a box that names its axes."""
     return jax.tree.map(lambda p: box(p, names=names) if p.ndim == 2 else p, params)
