@@ -17,7 +17,7 @@ demo: .venv/ready ## train on real digits for two minutes: a table and a picture
 	for variant in $(DEMO); do \
 	  $(BIN)/python -m experiments.train --config=configs/digits.py:$$variant --workdir=runs/demo/$$variant || exit 1; \
 	done
-	$(BIN)/python -m experiments.report $(DEMO:%=runs/demo/%) --out=runs/demo/digits.png
+	$(BIN)/python -m experiments.report $(DEMO:%=runs/demo/%) --out=runs/demo/report
 
 test: lint types check ## all checks: lint, format, types, doctests, tests
 

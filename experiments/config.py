@@ -1,46 +1,79 @@
-"""The schema of every experiment, and how it is read from a config file and the command line."""
+"""The schema of every experiment: what a config file returns, and what the command line sets."""
 
 # No `from __future__ import annotations`: ml_collections reads the types of the fields.
 import dataclasses
-import difflib
 import enum
-import inspect
 import math
-import re
-from collections.abc import Iterable, Sequence
-from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from collections.abc import Mapping
+from typing import Any
 
-from absl import flags
-from ml_collections import config_flags
+import optax
+
+from experiments.networks.layers import ActivationNorm
+from experiments.tasks import Task
 
 
-class Norm(enum.Enum):
-    """What normalizes the hidden layers."""
+class Update(enum.Enum):
+    """The optimizers."""
 
-    PLAIN = "plain"
-    WEIGHT_NORM = "weight_norm"
-    WEIGHT_NORM_INIT = "weight_norm_init"  # with gains and biases from a minibatch
-    BATCH_NORM = "batch_norm"
-    MEAN_ONLY = "mean_only"  # batch normalization of means
-    WEIGHT_NORM_MEAN_ONLY = "weight_norm_mean_only"  # both, initialized from a minibatch
+    SGD = "sgd"
+    ADAM = "adam"
+    ADAMAX = "adamax"
 
-    @property
-    def of_weights(self) -> bool:
-        """Whether weights are normalized."""
-        return "weight_norm" in self.value
 
-    @property
-    def from_data(self) -> bool:
-        """Whether gains and biases are initialized from a minibatch."""
-        return self in (Norm.WEIGHT_NORM_INIT, Norm.WEIGHT_NORM_MEAN_ONLY)
+@dataclasses.dataclass(slots=True, kw_only=True)
+class Optimizer:
+    """How parameters are updated.
 
-    @property
-    def of_activations(self) -> Literal["batch", "mean_only"] | None:
-        """What normalizes the outputs of layers."""
-        if self is Norm.BATCH_NORM:
-            return "batch"
-        return "mean_only" if "mean_only" in self.value else None
+    Attributes:
+      name: sgd, adam or adamax.
+      learning_rate: until decay_from.
+      momentum: of sgd, or β₁ of adam and adamax, until decay_from.
+      late_momentum: the same from decay_from on; negative to change nothing.
+      decay_from: step from which the learning rate falls linearly, to 0 after the last step;
+        negative for never.
+      clip: largest global norm of the gradients; larger ones are scaled down. 0 for any.
+    """
+
+    name: Update = Update.SGD
+    learning_rate: float = 0.1
+    momentum: float = 0.9
+    late_momentum: float = -1.0
+    decay_from: int = -1
+    clip: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Checks the values, also after the command line has changed them."""
+        _check_types(self, "optimizer.")
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"optimizer.learning_rate must be positive, got {self.learning_rate}")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"optimizer.momentum must lie in [0, 1), got {self.momentum}")
+        if not self.late_momentum < 1:
+            raise ValueError(f"optimizer.late_momentum must be below 1, got {self.late_momentum}")
+        if not 0 <= self.clip < math.inf:
+            raise ValueError(f"optimizer.clip must not be negative, got {self.clip}")
+        if self.late_momentum >= 0 > self.decay_from:
+            raise ValueError("optimizer.late_momentum needs optimizer.decay_from")
+
+    def make(self, steps: int) -> optax.GradientTransformation:
+        """The optimizer for so many steps."""
+        rate: Any = self.learning_rate
+        momentum: Any = self.momentum
+        if self.decay_from >= 0:
+            rate = optax.linear_schedule(rate, 0.0, steps - self.decay_from, self.decay_from)
+        if self.late_momentum >= 0:
+            parts = [optax.constant_schedule(m) for m in (self.momentum, self.late_momentum)]
+            momentum = optax.join_schedules(parts, [self.decay_from])
+        make, name = {
+            Update.SGD: (optax.sgd, "momentum"),
+            Update.ADAM: (optax.adam, "b1"),
+            Update.ADAMAX: (optax.adamax, "b1"),
+        }[self.name]
+        if self.late_momentum >= 0:
+            make = optax.inject_hyperparams(make)  # takes schedules of any argument
+        clip = [optax.clip_by_global_norm(self.clip)] if self.clip else []
+        return optax.chain(*clip, make(rate, **{name: momentum}))
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
@@ -48,159 +81,121 @@ class Config:
     """One training run.
 
     Attributes:
-      norm: what normalizes the layers: plain, weight_norm, weight_norm_init, batch_norm, mean_only
-        or weight_norm_mean_only.
-      widths: output channels of the 3x3 convolutions; all but the first halve the image.
-      learning_rate: of stochastic gradient descent, constant.
-      momentum: of the same; 0 for none.
-      batch_size: images a step.
-      steps: training steps; a multiple of steps_per_chunk.
-      steps_per_chunk: steps compiled into one program; the test error is taken after each chunk.
-      unroll: write the steps of a chunk out instead of looping over them. Compiling takes
+      task: data, network and loss; its fields are set by --config.task.FIELD.
+      weight_norm: train g and v in place of the weights.
+      v_std: with weight norm, the standard deviation of the entries of every v at the start, to
+        which it is scaled; the smaller, the further a step turns it. 0 for that of the weights.
+      norm: what normalizes activations: none, batch, mean_only or layer.
+      init_examples: examples behind data-dependent initialization; 0 for none. Without weight
+        norm, weights and biases are set to what they would be with it.
+      optimizer: its fields are set by --config.optimizer.FIELD.
+      batch_size: examples a step.
+      steps: training steps; a multiple of steps_per_eval.
+      steps_per_eval: steps between evaluations, each of which leaves a line in the record; a
+        multiple of steps_per_call.
+      steps_per_call: steps in one call of the compiled program.
+      unroll: write the steps of a call out instead of looping over them. Compiling takes
         longer, but XLA's convolutions on a CPU are several times slower inside a loop.
-      init_images: images behind data-dependent initialization, for the variants that have it.
+      evals_per_save: evaluations between checkpoints.
+      train_examples: train on so many, the first ones; 0 for all.
+      test_examples: test on so many, the first ones; 0 for all.
+      ema_decay: of the moving average of the parameters that is evaluated; 0 for none.
+      bfloat16: compute in bfloat16; parameters, norms and losses stay in float32.
+      devices: so many share every batch.
       seeds: networks trained side by side, from seed on upwards.
-      seed: of the first network: its initialization and its order of images.
+      seed: of the first network: its initialization and its order of examples.
+      data_dir: where downloaded data is or goes.
+      profile: the first step and the step after the last one to be profiled; (0, 0) for none.
+      tensorboard: write the metrics for TensorBoard too; needs the package tensorboardX.
+      published: the paper's value of the final metric, for reports; negative for none.
     """
 
-    norm: Norm
-    widths: tuple[int, ...] = (16, 32, 32)
-    learning_rate: float = 0.1
-    momentum: float = 0.9
+    task: Task
+    weight_norm: bool = False
+    v_std: float = 0.0
+    norm: ActivationNorm = ActivationNorm.NONE
+    init_examples: int = 0
+    optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
     batch_size: int = 64
     steps: int = 400
-    steps_per_chunk: int = 20
+    steps_per_eval: int = 20
+    steps_per_call: int = 1
     unroll: bool = False
-    init_images: int = 500
-    seeds: int = 3
+    evals_per_save: int = 1
+    train_examples: int = 0
+    test_examples: int = 0
+    ema_decay: float = 0.0
+    bfloat16: bool = False
+    devices: int = 1
+    seeds: int = 1
     seed: int = 0
+    data_dir: str = "data"
+    profile: tuple[int, int] = (0, 0)
+    tensorboard: bool = False
+    published: float = -1.0
 
     def __post_init__(self) -> None:
         """Checks the values, also after the command line has changed them."""
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if not isinstance(field.type, type):
-                continue  # a generic type, whose values are checked below
-            kinds = (int, float) if field.type is float else (field.type,)
-            if not isinstance(value, kinds):
-                raise TypeError(
-                    f"{field.name} must be of type {field.type.__name__}, got {value!r}"
+        _check_types(self)
+        self._check_ranges()
+        for many, few in (("steps", "steps_per_eval"), ("steps_per_eval", "steps_per_call")):
+            if getattr(self, many) % getattr(self, few):
+                raise ValueError(
+                    f"{many} must be a multiple of {few}, got {getattr(self, many)} and "
+                    f"{getattr(self, few)}"
                 )
-        positive = "learning_rate", "batch_size", "steps", "steps_per_chunk", "init_images", "seeds"
-        for name in positive:
-            if not 0 < getattr(self, name) < math.inf:
+        if self.norm not in self.task.norms:
+            names = ", ".join(norm.value for norm in self.task.norms)
+            raise ValueError(f"norm must be one of {names} for this task, got {self.norm.value}")
+        if self.batch_size % self.devices:
+            raise ValueError(
+                f"batch_size must be a multiple of devices, got {self.batch_size} and "
+                f"{self.devices}"
+            )
+        first, last = self.profile
+        if not 0 <= first <= last <= self.steps:
+            raise ValueError(f"profile must be two steps in order, got {self.profile}")
+
+    def _check_ranges(self) -> None:
+        positive = "batch_size", "steps", "steps_per_eval", "steps_per_call", "evals_per_save"
+        for name in (*positive, "devices", "seeds"):
+            if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        if not self.widths or not all(isinstance(w, int) and w > 0 for w in self.widths):
-            raise ValueError(f"widths must be one or more positive ints, got {self.widths}")
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"momentum must lie in [0, 1), got {self.momentum}")
+        for name in ("init_examples", "train_examples", "test_examples"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if not 0 <= self.v_std < math.inf:
+            raise ValueError(f"v_std must not be negative, got {self.v_std}")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay must lie in [0, 1), got {self.ema_decay}")
         if not 0 <= self.seed < 2**31 - self.seeds:
             raise ValueError(f"seed must not be negative or beyond 31 bits, got {self.seed}")
-        if self.steps % self.steps_per_chunk:
-            raise ValueError(
-                f"steps must be a multiple of steps_per_chunk, got {self.steps} and "
-                f"{self.steps_per_chunk}"
+
+
+def _check_types(config: Any, prefix: str = "") -> None:
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if not isinstance(field.type, type):
+            continue  # a generic type
+        kinds = (int, float) if field.type is float else (field.type,)
+        if not isinstance(value, kinds):
+            raise TypeError(
+                f"{prefix}{field.name} must be of type {field.type.__name__}, got {value!r}"
             )
 
 
-class ConfigError(ValueError):
-    """The command line or a config file is wrong; the message says where and what to do."""
+Variants = Mapping[str, Mapping[str, Any]]  # by name, fields of Config
 
-
-class Run(NamedTuple):
-    """What to train and where to put the results."""
-
-    config: Config
-    workdir: Path
-
-
-_DEFAULTS = ", ".join(
-    f"{field.name}={field.default}"
-    for field in dataclasses.fields(Config)
-    if field.default is not dataclasses.MISSING
-)
-USAGE = f"""\
-usage: python -m experiments.train --config=FILE[:VARIANT] [--config.FIELD=VALUE ...]
-           [--workdir=DIR]
-
-DIR is runs/<name of the file>/<norm> unless given.
-
-{inspect.cleandoc(Config.__doc__ or "")}
-
-Where the file says nothing else: {_DEFAULTS}"""
-
-_Choice = TypeVar("_Choice", bound=enum.Enum)
-
-
-def choose(choices: type[_Choice], name: str) -> _Choice:
-    """The member of an enum with the value `name`, for the variants of config files.
-
-    Raises:
-      ValueError: if there is none; the message names the nearest and lists all.
-    """
-    values = [choice.value for choice in choices]
-    if name not in values:
-        raise ValueError(f"unknown variant {name!r}{_hint(name, values)}")
-    return choices(name)
-
-
-def parse(arguments: Sequence[str]) -> Run:
-    """Reads a command line: `--config=FILE[:VARIANT] [--config.FIELD=VALUE ...] [--workdir=DIR]`.
-
-    Raises:
-      ConfigError: for an unknown field, variant, flag or file, a bad value, or anything
-        that is left over.
-    """
-    values = flags.FlagValues()
-    argv = ["experiments.train", *arguments]
-    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
-    flags.DEFINE_string("workdir", None, "Where the results go.", flag_values=values)
-    _check_names(arguments)
-    try:
-        leftover = values(argv)[1:]
-        config = _validated(values.config)
-    except (flags.Error, TypeError, ValueError, AttributeError, OSError, SyntaxError) as error:
-        raise ConfigError(_explain(error)) from error
-    if leftover:
-        raise ConfigError(f"leftover arguments {leftover}: fields are set by --config.FIELD=VALUE")
-    file = Path(config_flags.get_config_filename(values["config"]).split(":")[0])
-    default = Path("runs") / file.stem / config.norm.value
-    return Run(config, Path(values.workdir) if values.workdir else default)
-
-
-def _validated(config: Any) -> Config:
-    """A new config, so that its checks see what the command line has set."""
-    if isinstance(config, Config):
-        return dataclasses.replace(config)
-    getattr(config, "norm", None)  # what stands for a file that cannot be read says so now
-    raise TypeError(f"get_config must return a Config, got {config!r}")
-
-
-def _check_names(arguments: Sequence[str]) -> None:
-    """Refuses misspelled flags and fields before absl does, which suggests nothing."""
-    fields = [field.name for field in dataclasses.fields(Config)]
-    known = ["config", "workdir", *(f"config.{field}" for field in fields)]
-    names = [arg.lstrip("-").split("=")[0] for arg in arguments if arg.startswith("-")]
-    for name in names:
-        if name not in known:
-            raise ConfigError(f"unknown flag --{name}{_hint(name, known, prefix='--')}")
-    if "config" not in names:
-        raise ConfigError("--config=FILE is missing, such as --config=configs/digits.py")
-
-
-def _explain(error: BaseException) -> str:
-    """The innermost message of an error; absl and ml_collections wrap it in tracebacks."""
-    first = message = str(error).split("\n", maxsplit=1)[0]
-    while inner := error.__cause__ or error.__context__:
-        error, message = inner, str(inner).strip().split("\n")[-1].strip() or message
-    if unknown := re.search(r"(?:keyword argument|has no attribute) '(\w+)'", message):
-        name = unknown.group(1)
-        message += _hint(name, [field.name for field in dataclasses.fields(Config)])
-    flag = re.match(r"flag (--[\w.]+=\S*?):? ", first)
-    return f"{flag.group(1)}: {message}" if flag else message
-
-
-def _hint(name: str, known: Iterable[str], prefix: str = "") -> str:
-    near = difflib.get_close_matches(name, known := list(known), n=1)
-    guess = f"; did you mean {prefix}{near[0]}?" if near else "."
-    return f"{guess} There are: {', '.join(prefix + choice for choice in known)}"
+VARIANTS: Variants = {
+    "plain": {},
+    "weight_norm": {"weight_norm": True},
+    "weight_norm_init": {"weight_norm": True, "init_examples": 500},
+    "batch_norm": {"norm": ActivationNorm.BATCH},
+    "mean_only": {"norm": ActivationNorm.MEAN_ONLY},
+    "weight_norm_mean_only": {
+        "weight_norm": True,
+        "norm": ActivationNorm.MEAN_ONLY,
+        "init_examples": 500,
+    },
+}
+"""Those of the paper; config files say which of them they have, and what else they set."""

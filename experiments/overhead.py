@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import logging
 import os
 import platform
 import sys
@@ -23,12 +22,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 from tabulate import tabulate
 
+from experiments.logs import log_to_stderr
 from experiments.peers import IMPLEMENTATIONS
 from experiments.problems import NETWORKS, Network
 from experiments.records import PACKAGES
 from experiments.stopwatch import Cell, measure, ratios
-
-log = logging.getLogger("experiments")
 
 HEADERS = ("", "step time", "quartiles", "ms a step", "compile time", "bytes", "memory", "against")
 FOOTNOTE = """\
@@ -78,8 +76,9 @@ def _draw_model(top: Any, bottom: Any, cells: Sequence[Cell]) -> None:
     """Groups of points, one group a batch size; the bars are quartiles."""
     names = [name for name in cells[0] if IMPLEMENTATIONS[name].against != name]
     for i, name in enumerate(names):
-        xs = np.arange(len(cells)) + 0.7 * ((i + 0.5) / len(names) - 0.5)
-        costs = [ratios(cell, name) for cell in cells]
+        measured = [x for x, cell in enumerate(cells) if name in cell]
+        xs = np.array(measured) + 0.7 * ((i + 0.5) / len(names) - 0.5)
+        costs = [ratios(cells[x], name) for x in measured]
         low, median, high = np.transpose([cost.step for cost in costs])
         style = {"fmt": "os^vDP*X<>"[i % 10], "color": f"C{i % 10}", "label": name}
         top.errorbar(xs, median, (median - low, high - median), **style)
@@ -196,8 +195,7 @@ def main(arguments: Sequence[str], networks: Mapping[str, Network] = NETWORKS) -
     if not names:
         print("error: none of the implementations is installed", file=sys.stderr)
         return 2
-    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    log.setLevel(logging.INFO)
+    log_to_stderr()
     jax.config.update("jax_enable_compilation_cache", False)  # compilations are timed
     plt.switch_backend("agg")
 

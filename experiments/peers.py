@@ -20,6 +20,7 @@ import optax
 
 import wnjax
 from experiments import ports
+from experiments.networks.layers import ActivationNorm
 from experiments.problems import Problem, variables
 
 # So small that the network stays where it begins: gradients that vanish could be slow numbers.
@@ -249,12 +250,12 @@ IMPLEMENTATIONS = {
     ),
     "batch-norm": Implementation(
         "Linen's BatchNorm after every hidden layer",
-        partial(_linen, norm="batch"),
+        partial(_linen, norm=ActivationNorm.BATCH),
         keeps=False,
     ),
     "layer-norm": Implementation(
         "Linen's LayerNorm after every hidden layer",
-        partial(_linen, norm="layer"),
+        partial(_linen, norm=ActivationNorm.LAYER),
         keeps=False,
     ),
 }

@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from experiments.models import MLP, ConvPoolCNN, Transformer
+from experiments.networks.classifiers import MLP, ConvPoolCNN
+from experiments.networks.transformer import Transformer
 
 TABLES = ("positions", "Embed_0/embedding")  # arrays, not layers
 EPSILON = 1e-6  # Linen's for layer normalization

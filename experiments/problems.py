@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.models import MLP, ConvPoolCNN, Transformer
+from experiments.networks.classifiers import MLP, ConvPoolCNN
+from experiments.networks.transformer import Transformer
 
 Batch = tuple[jax.Array, jax.Array]  # inputs and labels
 

@@ -1,8 +1,12 @@
 """Run directories: what was run, on what, and its metrics; and how metrics are written out.
 
-run.json        the resolved config, package versions, Python and device
-metrics.jsonl   one JSON object a line: step, seconds, and a list over the seeds for
-                every metric
+run.json        the resolved config and what of it the command line set, package versions, Python,
+                device, and the commit of the source
+metrics.jsonl   one JSON object a line, for every evaluation: step, epoch, seconds, and a list over
+                the seeds for every metric
+checkpoints/    the last states
+pictures/       what the task draws after the last step
+outcome.txt     the last and the best evaluation, when all is done
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ import enum
 import json
 import os
 import platform
+import subprocess
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -19,50 +24,66 @@ from typing import Any
 import jax
 import numpy as np
 
+from experiments.command_line import Run
 from experiments.config import Config
 
 PACKAGES = ("wnjax", "jax", "jaxlib", "flax", "optax", "chex", "numpy")
+COMPARED = ("config", "versions", "device", "data")  # what makes a run the same run
 
 
 class RecordError(Exception):
     """A run directory cannot be used; the message says why and what to do."""
 
 
-def create(workdir: Path, config: Config) -> None:
-    """Makes a run directory with an empty metrics file; one of the same run is begun anew.
+def create(run: Run) -> None:
+    """Makes the directory of a run, unless it is there.
 
     Raises:
-      RecordError: if `workdir` holds another run, or anything else. Nothing is changed then.
+      RecordError: if it holds another run, or anything else. Nothing is changed then.
     """
-    about = about_run(config)
+    workdir, about = run.workdir, about_run(run.config)
     if workdir.exists() and not workdir.is_dir():
         raise RecordError(f"{workdir} is not a directory; choose another --workdir")
     if workdir.is_dir() and any(workdir.iterdir()):
         _check_same(workdir, read_about(workdir), about)
+        return
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RecordError(f"{workdir} cannot be made: {error}") from error
-    (workdir / "run.json").write_text(json.dumps(about, indent=2) + "\n")
+    about |= {"variant": run.variant, "arguments": list(run.arguments), "commit": commit()}
     (workdir / "metrics.jsonl").write_text("")
+    (workdir / "run.json").write_text(json.dumps(about, indent=2) + "\n")
 
 
 def about_run(config: Config) -> dict[str, Any]:
     """What makes a run what it is, as JSON gives it back."""
     device = jax.devices()[0]
-    about = {
-        "config": dataclasses.asdict(config),
+    about: dict[str, Any] = {
+        "config": {**dataclasses.asdict(config), "task_name": type(config.task).__name__},
         "versions": {name: metadata.version(name) for name in PACKAGES},
         "device": {
             "platform": device.platform,
             "kind": device.device_kind,
-            "count": jax.device_count(),
             "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores",
         },
+        "data": config.task.provenance(Path(config.data_dir).expanduser()),
+        "metric": config.task.metric,
     }
     about["versions"]["python"] = platform.python_version()
     plain: dict[str, Any] = json.loads(json.dumps(about, default=_enum_value))
     return plain
+
+
+def commit() -> str:
+    """The commit of the source, with a mark if it was changed since; "unknown" outside of git."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    folder = Path(__file__).parent
+    try:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return done.stdout.strip()
 
 
 def _enum_value(x: Any) -> Any:
@@ -86,9 +107,55 @@ def _check_same(workdir: Path, there: dict[str, Any], here: dict[str, Any]) -> N
 
 
 def _flatten(about: dict[str, Any]) -> dict[str, Any]:
-    return {
-        f"{part}.{name}": value for part, values in about.items() for name, value in values.items()
-    }
+    """By the dotted name of its place, every value that is compared."""
+
+    def walk(prefix: str, value: Any) -> dict[str, Any]:
+        if not isinstance(value, dict):
+            return {prefix: value}
+        parts = (walk(f"{prefix}.{name}", inner) for name, inner in value.items())
+        return {name: inner for part in parts for name, inner in part.items()}
+
+    return {k: v for part in COMPARED for k, v in walk(part, about.get(part, {})).items()}
+
+
+def rewind(workdir: Path, step: int) -> float:
+    """Drops the metrics of later steps, and a line that was cut off while it was written.
+
+    Returns:
+      The seconds that the run had taken at `step`.
+    """
+    file, kept = workdir / "metrics.jsonl", []
+    for line in file.read_text().splitlines():
+        try:
+            values = json.loads(line)
+        except json.JSONDecodeError:
+            break
+        if values["step"] <= step:
+            kept.append(values)
+    part = file.with_suffix(".part")
+    part.write_text("".join(json.dumps(values) + "\n" for values in kept))
+    part.replace(file)  # whole, or as it was
+    return float(kept[-1]["seconds"]) if kept else 0.0
+
+
+def is_finished(run: Run) -> bool:
+    """Whether the directory holds this very run, with all its steps."""
+    try:
+        about = read_about(run.workdir)
+    except RecordError:
+        return False
+    same = _flatten(about) == _flatten(about_run(run.config))
+    return same and (run.workdir / "outcome.txt").is_file()
+
+
+def finish(workdir: Path, outcome: str) -> None:
+    """Marks a run as finished, in one line of text."""
+    (workdir / "outcome.txt").write_text(f"{outcome}\n")
+
+
+def read_outcome(workdir: Path) -> str:
+    """The line of a finished run."""
+    return (workdir / "outcome.txt").read_text().strip()
 
 
 def append(workdir: Path, metrics: dict[str, Any]) -> None:
@@ -132,5 +199,6 @@ def read_metrics(workdir: Path) -> list[dict[str, Any]]:
 
 def mean_and_std(values: np.ndarray, decimals: int) -> str:
     """A mean over seeds as text, with the standard deviation where there are several."""
+    values = np.asarray(values, np.float64)
     mean = f"{np.mean(values):.{decimals}f}"
     return f"{mean} ± {np.std(values, ddof=1):.{decimals}f}" if len(values) > 1 else mean

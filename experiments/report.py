@@ -1,12 +1,21 @@
-"""Compares runs in a table and a picture: python -m experiments.report RUN... [--out=FILE.png]."""
+"""Compares runs in a table and in pictures: python -m experiments.report RUN... [--out=DIR].
+
+DIR gets
+  table.md             the table that is printed
+  results.json         for every run: command, commit, versions, device, config, and its curve
+  curves.png           the metric over epochs and over wall time
+  norms.png            norms and effective step sizes of the weights
+  learning_rates.png   the last metric over the learning rate, where runs have several
+"""
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -14,22 +23,49 @@ from tabulate import tabulate
 
 from experiments import records
 
-GOAL = 0.05  # test error
+
+class Unit(NamedTuple):
+    """How a metric is shown."""
+
+    label: str
+    factor: float
+    decimals: int
+
+
+UNITS = {
+    "error": Unit("test error (%)", 100, 2),
+    "nats": Unit("- lower bound, test (nats)", 1, 2),
+    "bits_per_dim": Unit("- lower bound, test (bits/dim)", 1, 3),
+    "bits_per_byte": Unit("test cross entropy (bits/byte)", 1, 3),
+}
 FOOTNOTE = """\
-test error: mean ± standard deviation over the seeds. ms a step: all seeds together, the test
-error included; median and quartiles over the chunks. The runs were timed one after the other:
-on a busy machine, differences of a fifth are noise."""
+Last and best: mean ± standard deviation over n seeds. Epochs to plain's last: until the mean was
+first as good as that of the run `plain` was at its end. ms a step: all seeds together; median and
+quartiles. The runs were timed one after the other: on a busy machine, differences of a fifth
+are noise."""
 
 
 class History(NamedTuple):
-    """What a run recorded: a row for every chunk of steps, a column for every seed."""
+    """What a run recorded: a row for every evaluation, a column for every seed."""
 
     name: str
-    norm: str
+    about: dict[str, Any]
     step: np.ndarray
-    loss: np.ndarray
-    test_error: np.ndarray
+    epoch: np.ndarray
+    seconds: np.ndarray  # since the start of the training
     seconds_per_step: np.ndarray
+    values: np.ndarray  # of the metric, in its unit
+    norms: list[dict[str, dict[str, list[float]]]]  # by weight and name, over the seeds
+
+    @property
+    def unit(self) -> Unit:
+        """Of the values."""
+        return UNITS[self.about["metric"]]
+
+    @property
+    def variant(self) -> str:
+        """The name of the variant, without what marks a shortened protocol."""
+        return str(self.about["variant"]).removesuffix("_short")
 
 
 def read(workdir: Path, name: str) -> History:
@@ -38,19 +74,33 @@ def read(workdir: Path, name: str) -> History:
     Raises:
       RecordError: if it holds no run, or no metrics yet.
     """
-    config, lines = records.read_about(workdir)["config"], records.read_metrics(workdir)
+    about, lines = records.read_about(workdir), records.read_metrics(workdir)
 
-    def column(name: str) -> np.ndarray:
-        return np.array([line[name] for line in lines])
+    def column(key: str) -> np.ndarray:
+        return np.array([line[key] for line in lines])
 
     return History(
         name=name,
-        norm=config["norm"],
+        about=about,
         step=column("step"),
-        loss=column("loss"),
-        test_error=column("test_error"),
+        epoch=column("epoch"),
+        seconds=column("seconds"),
         seconds_per_step=column("seconds_per_step"),
+        values=UNITS[about["metric"]].factor * column(f"test_{about['metric']}"),
+        norms=[line["norms"] for line in lines],
     )
+
+
+def read_all(workdirs: Sequence[Path]) -> list[History]:
+    """All histories, with names as short as they can be.
+
+    Raises:
+      RecordError: for a directory without a run, or if runs have different metrics.
+    """
+    histories = list(map(read, workdirs, short_names(workdirs)))
+    if len(metrics := {history.about["metric"] for history in histories}) > 1:
+        raise records.RecordError(f"runs have different metrics: {', '.join(sorted(metrics))}")
+    return histories
 
 
 def short_names(runs: Sequence[Path]) -> list[str]:
@@ -60,70 +110,165 @@ def short_names(runs: Sequence[Path]) -> list[str]:
 
 
 def table(histories: Sequence[History]) -> str:
-    """One line a run: final test error, steps to the goal, time a step against the plain run's."""
-    plain = next((np.median(h.seconds_per_step) for h in histories if h.norm == "plain"), None)
+    """One line a run, as Markdown."""
+    plain = next((history for history in histories if history.variant == "plain"), None)
+    unit = histories[0].unit
     rows = []
     for history in histories:
         low, seconds, high = np.quantile(history.seconds_per_step, (0.25, 0.5, 0.75))
+        published = history.about["config"]["published"]
         rows.append(
             (
                 history.name,
-                history.step[-1],
-                records.mean_and_std(100 * history.test_error[-1], 2),
-                steps_to_goal(history),
+                history.values.shape[1],
+                f"{history.epoch[-1]:.4g}",
+                records.mean_and_std(history.values[-1], unit.decimals),
+                records.mean_and_std(history.values.min(axis=0), unit.decimals),
+                f"{unit.factor * published:.{unit.decimals}f}" if published >= 0 else "-",
+                epochs_to(history, plain),
                 f"{1000 * seconds:.1f} ({1000 * low:.1f} to {1000 * high:.1f})",
-                f"{seconds / plain:.2f}" if plain else "-",
             )
         )
-    headers = ("run", "steps", "test error %", f"steps to {GOAL:.0%}", "ms a step", "of plain")
+    headers = (
+        *("run", "n", "epochs", f"last {unit.label}", "best", "published"),
+        *("epochs to plain's last", "ms a step"),
+    )
     align = ("left", *["right"] * (len(headers) - 1))
-    return str(tabulate(rows, headers, colalign=align, disable_numparse=True))
+    return str(tabulate(rows, headers, "github", colalign=align, disable_numparse=True))
 
 
-def steps_to_goal(history: History) -> str:
-    """At which step the test error first was at the goal, as far as it was taken: over seeds."""
-    reached = history.test_error <= GOAL
-    first = history.step[reached.argmax(axis=0)][reached.any(axis=0)]
-    if len(first) == reached.shape[1]:
-        return f"{first.mean():.0f}"
-    return f"reached by {len(first)} of {reached.shape[1]}"
+def epochs_to(history: History, plain: History | None) -> str:
+    """When the mean over the seeds first was at the plain run's last one."""
+    if plain is None:
+        return "-"
+    reached = history.values.mean(axis=1) <= plain.values[-1].mean()
+    return f"{history.epoch[reached.argmax()]:.3g}" if reached.any() else "never"
 
 
-def draw(histories: Sequence[History], out: Path) -> None:
-    """Training loss and test error over the steps: the mean over seeds, and their range."""
-    figure, panels = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    views = (("loss", "training loss (nats)", 1), ("test_error", "test error (%)", 100))
-    for panel, (name, label, factor) in zip(panels, views, strict=True):
+def conditions(histories: Sequence[History]) -> str:
+    """Hardware, versions and data, each once."""
+    lines = []
+    for history in histories:
+        device, versions = history.about["device"], history.about["versions"]
+        names = ", ".join(f"{k} {versions[k]}" for k in ("python", "jax", "flax", "optax"))
+        lines.append(f"{device['platform']} ({device['kind']}; {device['machine']}); {names}")
+        lines.extend(f"{name}: {text}" for name, text in history.about["data"].items())
+    return "\n".join(dict.fromkeys(lines))
+
+
+def results(histories: Sequence[History]) -> dict[str, Any]:
+    """What is kept of the runs."""
+
+    def curve(history: History) -> dict[str, Any]:
+        return {
+            "epoch": [float(f"{x:.6g}") for x in history.epoch],
+            "seconds": [round(float(x), 2) for x in history.seconds],
+            "values": [[float(f"{x:.6g}") for x in row] for row in history.values],
+        }
+
+    return {
+        history.name: {
+            "command": " ".join(["python -m experiments.train", *history.about["arguments"]]),
+            **{k: history.about[k] for k in ("commit", "device", "versions", "data", "config")},
+            "metric": history.unit.label,
+            **curve(history),
+        }
+        for history in histories
+    }
+
+
+def draw_curves(histories: Sequence[History], out: Path) -> None:
+    """The metric over epochs and over wall time: the mean over seeds, and their range."""
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4), layout="constrained", sharey=True)
+    for panel, label in zip(panels, ("epochs", "seconds of training"), strict=True):
         for history in histories:
-            values = factor * getattr(history, name)
-            panel.plot(history.step, values.mean(axis=1), label=history.name)
-            panel.fill_between(history.step, values.min(axis=1), values.max(axis=1), alpha=0.2)
-        panel.set(xlabel="step", ylabel=label, yscale="log")
+            x = history.epoch if label == "epochs" else history.seconds
+            panel.plot(x, history.values.mean(axis=1), label=history.name)
+            panel.fill_between(x, history.values.min(axis=1), history.values.max(axis=1), alpha=0.2)
+        panel.set(xlabel=label, yscale="log")
         panel.grid(alpha=0.3, which="both")
+    panels[0].set_ylabel(histories[0].unit.label)
     panels[0].legend()
-    out.parent.mkdir(parents=True, exist_ok=True)
+    _save(figure, out)
+
+
+def draw_norms(histories: Sequence[History], out: Path) -> None:
+    """For every run, the norms of its weights and how far a step turns them; a line a weight."""
+    size = (1 + 3 * len(histories), 6)
+    figure, panels = plt.subplots(
+        2, len(histories), figsize=size, layout="constrained", sharey="row", squeeze=False
+    )
+    for (top, bottom), history in zip(panels.T, histories, strict=True):
+        paths = list(history.norms[0])
+        colors = plt.get_cmap("viridis")(np.linspace(0, 0.95, len(paths)))
+        for panel, name in ((top, "v"), (bottom, "step")):
+            for path, color in zip(paths, colors, strict=True):
+                means = [np.mean(norms[path][name]) for norms in history.norms]
+                panel.plot(history.epoch, means, color=color, label=path)
+            panel.set_yscale("log")
+            panel.grid(alpha=0.3)
+        top.set_title(history.name)
+        bottom.set_xlabel("epochs")
+    panels[0, 0].set_ylabel("norm of v, mean over neurons")
+    panels[1, 0].set_ylabel("step of v / norm of v")
+    most = max(panels[0], key=lambda panel: len(panel.lines))
+    figure.legend(*most.get_legend_handles_labels(), loc="outside right upper", fontsize=6)
+    _save(figure, out)
+
+
+def draw_learning_rates(histories: Sequence[History], out: Path) -> bool:
+    """The last metric over the learning rate, a line a variant; False if runs have only one."""
+    variants: dict[str, dict[float, np.ndarray]] = {}
+    for history in histories:
+        rate = history.about["config"]["optimizer"]["learning_rate"]
+        variants.setdefault(history.variant, {})[rate] = history.values[-1]
+    if all(len(rates) < 2 for rates in variants.values()):
+        return False
+    figure, panel = plt.subplots(figsize=(6, 4), layout="constrained")
+    for variant, rates in variants.items():
+        x = sorted(rates)
+        means = [rates[rate].mean() for rate in x]
+        deviations = [rates[rate].std(ddof=1) if len(rates[rate]) > 1 else 0 for rate in x]
+        panel.errorbar(x, means, deviations, marker="o", capsize=3, label=variant)
+    panel.set(xscale="log", xlabel="learning rate", ylabel=f"last {histories[0].unit.label}")
+    panel.grid(alpha=0.3, which="both")
+    panel.legend()
+    _save(figure, out)
+    return True
+
+
+def _save(figure: Any, out: Path) -> None:
     figure.savefig(out, dpi=120)
     plt.close(figure)
 
 
 def main(arguments: Sequence[str]) -> int:
     """Runs the command line and returns its exit status."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.report", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.report",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run directory")
-    parser.add_argument("--out", type=Path, default=Path("runs/report.png"), help="the picture")
+    parser.add_argument("--out", type=Path, default=Path("runs/report"), metavar="DIR")
     options = parser.parse_args(arguments)
-    if options.out.suffix != ".png":
-        parser.error(f"--out must be a file that ends in .png, got {options.out}")
     plt.switch_backend("agg")
     try:
-        histories = list(map(read, options.runs, short_names(options.runs)))
+        histories = read_all(options.runs)
     except records.RecordError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(table(histories))
-    print(FOOTNOTE)
-    draw(histories, options.out)
-    print(f"curves: {options.out.resolve()}")
+    text = f"{table(histories)}\n\n{FOOTNOTE}\n{conditions(histories)}\n"
+    print(text)
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "table.md").write_text(text)
+    (options.out / "results.json").write_text(json.dumps(results(histories)) + "\n")
+    pictures = ["curves.png", "norms.png"]
+    draw_curves(histories, options.out / "curves.png")
+    draw_norms(histories, options.out / "norms.png")
+    if draw_learning_rates(histories, options.out / "learning_rates.png"):
+        pictures.append("learning_rates.png")
+    print(f"pictures and numbers: {options.out.resolve()} ({', '.join(pictures)})")
     return 0
 
 

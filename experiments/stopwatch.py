@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -11,10 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.logs import log
 from experiments.peers import IMPLEMENTATIONS, Eager, Implementation, Training
 from experiments.problems import Problem
-
-log = logging.getLogger("experiments")
 
 COMPILATIONS = 2  # of everything; the faster one counts
 LEAST_ROUNDS = 3

@@ -13,11 +13,15 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import wnjax
-from experiments.models import ConvPoolCNN, Transformer
+from experiments.networks.classifiers import ConvPoolCNN
+from experiments.networks.transformer import Transformer
 from tests import toys, traced_layers, traced_layers_flax, traced_layers_nested
 
 LAYERS = traced_layers.CASES | traced_layers_flax.CASES | traced_layers_nested.CASES
-pytestmark = pytest.mark.filterwarnings("ignore:data_init")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:data_init"),
+    pytest.mark.usefixtures("quick_compilation"),
+]
 
 
 def normal(*shape, seed=0, dtype=jnp.float32):
@@ -198,15 +202,6 @@ def test_convpool_cnn_against_the_algorithm_by_hand():
     chex.assert_trees_all_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
-@pytest.fixture
-def compiled_quickly():
-    """Without XLA's optimizations, which would take most of the time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-@pytest.mark.usefixtures("compiled_quickly")
 @pytest.mark.parametrize("name", [name for name in LAYERS if not name.startswith("while")])
 def test_all_layers(name):
     """Twice is once, and values are finite."""

@@ -6,7 +6,8 @@ import optax
 import pytest
 
 import wnjax
-from experiments.models import MLP, Transformer
+from experiments.networks.classifiers import MLP
+from experiments.networks.transformer import Transformer
 
 
 def compiled_step(fn, params, inputs, labels):

@@ -9,7 +9,8 @@ from PIL import Image
 
 import wnjax
 from experiments import overhead, peers, stopwatch
-from experiments.models import MLP, ConvPoolCNN, Transformer
+from experiments.networks.classifiers import MLP, ConvPoolCNN
+from experiments.networks.transformer import Transformer
 from experiments.peers import IMPLEMENTATIONS
 from experiments.problems import NETWORKS, Network, images, sequences
 from experiments.stopwatch import Measurement

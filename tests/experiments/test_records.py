@@ -2,66 +2,108 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 
 from experiments import records
-from experiments.config import Config, Norm
+from experiments.command_line import Run
+from experiments.config import Config, Optimizer
+from experiments.networks.layers import ActivationNorm
+from experiments.tasks.classification import Digits
 
-CONFIG = Config(norm=Norm.PLAIN)
+CONFIG = Config(task=Digits(), steps=40)
+
+
+def run(workdir, config=CONFIG):
+    return Run(config, Path(workdir), "plain", ("--config=configs/digits.py:plain",))
 
 
 def test_a_record_comes_back(tmp_path):
-    records.create(tmp_path / "a" / "run", CONFIG)
-    records.append(tmp_path / "a" / "run", {"step": 1, "loss": [0.5]})
-    records.append(tmp_path / "a" / "run", {"step": 2, "loss": [0.25]})
-    about = records.read_about(tmp_path / "a" / "run")
-    assert about["config"] | {"norm": Norm.PLAIN, "widths": (16, 32, 32)} == dataclasses.asdict(
-        CONFIG
-    )
+    one = run(tmp_path / "a" / "run")
+    records.create(one)
+    records.append(one.workdir, {"step": 1, "loss": [0.5]})
+    records.append(one.workdir, {"step": 2, "loss": [0.25]})
+    about = records.read_about(one.workdir)
+    config = about["config"]
+    assert config["norm"] == "none"
+    assert config["optimizer"] == dataclasses.asdict(CONFIG.optimizer) | {"name": "sgd"}
+    assert config["task"] == {"widths": [16, 32, 32]}
+    assert config["task_name"] == "Digits"
     assert {"wnjax", "jax", "flax", "optax", "python"} <= set(about["versions"])
     assert about["device"]["platform"] == "cpu"
-    assert [line["step"] for line in records.read_metrics(tmp_path / "a" / "run")] == [1, 2]
+    assert about["arguments"] == ["--config=configs/digits.py:plain"]
+    assert [line["step"] for line in records.read_metrics(one.workdir)] == [1, 2]
 
 
-def test_the_same_run_is_begun_anew(tmp_path):
-    for _ in range(2):
-        records.create(tmp_path, CONFIG)
-        records.append(tmp_path, {"step": 1})
-    assert len(records.read_metrics(tmp_path)) == 1
+def test_the_same_run_is_gone_on_with(tmp_path):
+    for step in (1, 2):
+        records.create(run(tmp_path))
+        records.append(tmp_path, {"step": step})
+    assert len(records.read_metrics(tmp_path)) == 2
+
+
+def test_rewinding_drops_what_comes_later(tmp_path):
+    records.create(run(tmp_path))
+    for step in (10, 20, 30):
+        records.append(tmp_path, {"step": step, "seconds": step / 10})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 40, "sec')  # the process was killed here
+    assert records.rewind(tmp_path, 20) == 2.0
+    assert [line["step"] for line in records.read_metrics(tmp_path)] == [10, 20]
+    assert records.rewind(tmp_path, 0) == 0.0
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
+
+
+def test_when_a_run_is_finished(tmp_path):
+    assert not records.is_finished(run(tmp_path))
+    records.create(run(tmp_path))
+    records.append(tmp_path, {"step": 40})
+    assert not records.is_finished(run(tmp_path))  # pictures and a checkpoint may be missing
+    records.finish(tmp_path, "error 0.1")
+    assert records.is_finished(run(tmp_path))
+    assert records.read_outcome(tmp_path) == "error 0.1"
+    assert not records.is_finished(run(tmp_path, dataclasses.replace(CONFIG, seed=1)))
 
 
 def test_another_run_is_refused_and_kept(tmp_path):
-    records.create(tmp_path, CONFIG)
+    records.create(run(tmp_path))
     records.append(tmp_path, {"step": 1})
-    other = dataclasses.replace(CONFIG, norm=Norm.BATCH_NORM, learning_rate=1.0)
+    optimizer = Optimizer(learning_rate=1.0)
+    other = dataclasses.replace(CONFIG, norm=ActivationNorm.BATCH, optimizer=optimizer)
     with pytest.raises(
         records.RecordError,
-        match=r"holds a different run:\n  config.learning_rate: 0.1 there, 1.0 here\n"
-        r"  config.norm: plain there, batch_norm here\nChoose another --workdir",
+        match=r"holds a different run:\n  config.norm: none there, batch here\n"
+        r"  config.optimizer.learning_rate: 0.1 there, 1.0 here\nChoose another --workdir",
     ):
-        records.create(tmp_path, other)
+        records.create(run(tmp_path, other))
     assert len(records.read_metrics(tmp_path)) == 1
 
 
 def test_another_version_is_another_run(tmp_path):
-    records.create(tmp_path, CONFIG)
+    records.create(run(tmp_path))
     about = records.read_about(tmp_path)
     about["versions"]["jax"] = "0.0.1"
     (tmp_path / "run.json").write_text(json.dumps(about))
     with pytest.raises(records.RecordError, match=r"versions.jax: 0.0.1 there"):
-        records.create(tmp_path, CONFIG)
+        records.create(run(tmp_path))
+
+
+def test_the_commit_does_not_make_it_another_run(tmp_path, monkeypatch):
+    records.create(run(tmp_path))
+    monkeypatch.setattr(records, "commit", lambda: "another")
+    records.create(run(tmp_path))
 
 
 def test_other_directories_and_files_are_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(records.RecordError, match=r"holds no run \(it has no run.json\)"):
-        records.create(tmp_path, CONFIG)
+        records.create(run(tmp_path))
     with pytest.raises(records.RecordError, match="is not a directory; choose another"):
-        records.create(tmp_path / "notes.txt", CONFIG)
-    with pytest.raises(records.RecordError, match=r"cannot be made: .*Not a directory"):
-        records.create(tmp_path / "notes.txt" / "run", CONFIG)
-    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+        records.create(run(tmp_path / "notes.txt"))
+    with pytest.raises(records.RecordError, match="cannot be made"):
+        records.create(run(tmp_path / "notes.txt" / "run"))
+    assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
 @pytest.mark.parametrize(

@@ -1,48 +1,99 @@
-"""The table and the picture, from records with known numbers."""
+"""The table and the pictures, from records with known numbers."""
+
+import json
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from experiments import records, report
-from experiments.config import Config, Norm
+from experiments.command_line import Run
+from experiments.config import Config, Optimizer
+from experiments.tasks.classification import Digits
+from experiments.tasks.language import CharLm
+
+
+def write(workdir, variant, errors, seconds_per_step=0.01, **fields):
+    """A run with an evaluation after 20 and after 40 steps, two epochs."""
+    config = Config(task=Digits(), steps=40, **fields)
+    records.create(Run(config, workdir, variant, (f"--config=configs/digits.py:{variant}",)))
+    for i, per_seed in enumerate(errors, start=1):
+        line = {"step": 20 * i, "epoch": float(i), "test_error": per_seed}
+        times = {"seconds": 20 * i * seconds_per_step, "seconds_per_step": seconds_per_step}
+        norms = {"Conv_0/kernel": {"v": [1.0 * i] * 2, "step": [0.1 / i] * 2}}
+        records.append(workdir, {**line, **times, "norms": norms})
+    return workdir
 
 
 @pytest.fixture
 def runs(tmp_path):
-    """A plain run that reaches the goal, and one twice as slow of which one seed does not."""
-    errors = {Norm.PLAIN: ([0.5, 0.05], [0.04, 0.03]), Norm.WEIGHT_NORM: ([0.5, 0.02], [0.5, 0.06])}
-    for norm, (first, second) in errors.items():
-        run = tmp_path / norm.value
-        records.create(run, Config(norm=norm, seeds=2))
-        for step, per_seed in ((20, [first[0], second[0]]), (40, [first[1], second[1]])):
-            line = {"step": step, "loss": [1.0, 0.5], "test_error": per_seed}
-            seconds = 0.01 if norm is Norm.PLAIN else 0.02
-            records.append(run, {**line, "seconds": step * seconds, "seconds_per_step": seconds})
-    return [tmp_path / "plain", tmp_path / "weight_norm"]
+    """A plain run, and one that is twice as slow and ends with as many errors."""
+    plain = write(tmp_path / "plain", "plain", [[0.5, 0.05], [0.03, 0.05]], published=0.0843)
+    other = write(
+        *(tmp_path / "weight_norm", "weight_norm", [[0.02, 0.04], [0.02, 0.06]]),
+        seconds_per_step=0.02,
+        weight_norm=True,
+    )
+    return [plain, other]
+
+
+def cells(line):
+    return [cell.strip() for cell in line.strip("|").split("|")]
 
 
 def test_table(runs):
-    lines = report.table([report.read(run, run.name) for run in runs]).splitlines()
-    header, plain, weight_norm = (" ".join(lines[i].split()) for i in (0, 2, 3))
-    assert header == "run steps test error % steps to 5% ms a step of plain"
-    # Errors of 5 and 3 %: mean 4, std √2. The goal is reached at step 40 and at step 20.
-    assert plain == "plain 40 4.00 ± 1.41 30 10.0 (10.0 to 10.0) 1.00"
-    assert weight_norm == "weight_norm 40 4.00 ± 2.83 reached by 1 of 2 20.0 (20.0 to 20.0) 2.00"
+    lines = report.table(report.read_all(runs)).splitlines()
+    header, plain, weight_norm = (cells(lines[i]) for i in (0, 2, 3))
+    expected = "run, n, epochs, last test error (%), best, published, epochs to plain's last"
+    assert ", ".join(header[:-1]) == expected
+    # Errors of 3 and 5 %: mean 4, std √2; the best ones are 3 and 5, and 2 and 4.
+    expected = ["plain", "2", "2", "4.00 ± 1.41", "4.00 ± 1.41", "8.43", "2"]
+    assert plain == [*expected, "10.0 (10.0 to 10.0)"]
+    expected = ["weight_norm", "2", "2", "4.00 ± 2.83", "3.00 ± 1.41", "-", "1"]
+    assert weight_norm == [*expected, "20.0 (20.0 to 20.0)"]
 
 
 def test_table_without_a_plain_run(runs):
-    line = report.table([report.read(runs[1], "slow")]).splitlines()[-1]
-    assert line.split()[-1] == "-"
+    assert cells(report.table(report.read_all(runs[1:])).splitlines()[-1])[6] == "-"
 
 
-def test_picture_and_where_it_is(runs, tmp_path, capsys):
-    out = tmp_path / "new" / "curves.png"
+def test_a_run_that_never_gets_there(runs, tmp_path):
+    slow = write(tmp_path / "slow", "batch_norm", [[0.5, 0.5], [0.4, 0.4]])
+    assert cells(report.table(report.read_all([*runs, slow])).splitlines()[-1])[6] == "never"
+
+
+def test_files_and_what_is_kept(runs, tmp_path, capsys):
+    out = tmp_path / "new" / "digits"
     assert report.main([*map(str, runs), f"--out={out}"]) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == f"curves: {out}"
-    with Image.open(out) as picture:
-        assert picture.size == (1200, 480)
+    printed = capsys.readouterr().out
+    assert printed.splitlines()[-1] == f"pictures and numbers: {out} (curves.png, norms.png)"
+    assert (out / "table.md").read_text() in printed
+    assert "x86_64" in printed or "CPU cores" in printed
+    kept = json.loads((out / "results.json").read_text())
+    assert kept["plain"]["command"] == (
+        "python -m experiments.train --config=configs/digits.py:plain"
+    )
+    assert kept["plain"]["values"] == [[50.0, 5.0], [3.0, 5.0]]
+    assert kept["weight_norm"]["seconds"] == [0.4, 0.8]
+    assert {"commit", "device", "versions", "config"} <= set(kept["plain"])
+    assert not (out / "learning_rates.png").exists()
+
+
+@pytest.mark.parametrize("name", ["curves.png", "norms.png"])
+def test_pictures(name, runs, tmp_path):
+    report.main([*map(str, runs), f"--out={tmp_path}"])
+    with Image.open(tmp_path / name) as picture:
+        assert picture.size[0] > 800
         assert len(np.unique(np.asarray(picture.convert("RGB")).reshape(-1, 3), axis=0)) > 50
+
+
+def test_learning_rates_are_drawn_where_there_are_several(tmp_path):
+    found = [
+        write(tmp_path / f"{rate}", "plain", [[0.1, 0.2]], optimizer=Optimizer(learning_rate=rate))
+        for rate in (0.1, 0.3)
+    ]
+    assert report.main([*map(str, found), f"--out={tmp_path / 'report'}"]) == 0
+    assert (tmp_path / "report/learning_rates.png").stat().st_size > 5000
 
 
 def test_a_directory_without_a_run(tmp_path, capsys):
@@ -50,13 +101,16 @@ def test_a_directory_without_a_run(tmp_path, capsys):
     assert capsys.readouterr().err == f"error: {tmp_path} holds no run (it has no run.json)\n"
 
 
+def test_runs_with_different_metrics(runs, tmp_path, capsys):
+    workdir = tmp_path / "text"
+    records.create(Run(Config(task=CharLm()), workdir, "plain", ()))
+    line = {"step": 1, "epoch": 1.0, "seconds": 1.0, "seconds_per_step": 1.0, "norms": {}}
+    records.append(workdir, {**line, "test_bits_per_byte": [2.0]})
+    assert report.main([str(runs[0]), str(workdir)]) == 2
+    assert "runs have different metrics: bits_per_byte, error" in capsys.readouterr().err
+
+
 def test_names_are_as_short_as_they_can_be():
     a, b, other = (report.Path(path) for path in ("a/plain", "b/plain/", "b/other"))
     assert report.short_names([a, other]) == ["plain", "other"]
     assert report.short_names([a, b]) == ["a/plain", "b/plain"]
-
-
-def test_a_picture_of_another_kind_is_refused(runs, capsys):
-    with pytest.raises(SystemExit):
-        report.main([str(runs[0]), "--out=curves.svg"])
-    assert "--out must be a file that ends in .png, got curves.svg" in capsys.readouterr().err

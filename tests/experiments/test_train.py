@@ -1,168 +1,216 @@
-"""The trainer: chunks equal single steps, seeds equal runs of their own, runs end in a record."""
+"""Whole runs: recorded, interrupted at any point and gone on with, stopped where they fail."""
 
-import dataclasses
-import subprocess
-import sys
+import json
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import wnjax
-from experiments import records
-from experiments.config import Config, Norm, parse
-from experiments.data import Split, batch_indices, digits
-from experiments.train import Trainer, compile_chunk, main
-from tests.experiments.test_config import CASES
+from experiments import records, report
+from experiments.checkpoints import Checkpoints
+from experiments.command_line import parse
+from experiments.datasets import DataError
+from experiments.programs import Programs
+from experiments.train import load, main
+from tests.experiments import processes
+from tests.experiments.test_config import CASES, CONFIGS
 
-SMALL = Config(norm=Norm.PLAIN, widths=(4, 8), steps=4, steps_per_chunk=2, batch_size=8, seeds=2)
-TINY = ["--config.widths=(4,8)", "--config.steps=4", "--config.steps_per_chunk=2"]
+DIGITS = "--config=configs/digits.py"
+TINY = ["--config.steps=4", "--config.steps_per_eval=2", "--config.steps_per_call=1"]
+TINY += ["--config.unroll=false", "--config.batch_size=8", "--config.seeds=2"]
+TINY += ["--config.task.widths=(4,8)"]
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
-@pytest.fixture
-def standard_promotion():
-    """Optax and flax promote dtypes in training."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    """Compiled programs, for the processes of one worker."""
+    return tmp_path_factory.mktemp("cache")
 
 
-def begin(trainer, key, data):
-    return jax.jit(trainer.init)(key, data.train.images)
+def outcome(arguments, workdir):
+    """The metrics of a run without its times, and its last checkpoint."""
+    lines = records.read_metrics(workdir)
+    metrics = [{k: v for k, v in line.items() if "seconds" not in k} for line in lines]
+    config = parse(arguments).config
+    with Checkpoints(workdir) as checkpoints:
+        state = checkpoints.restore(Programs(config, load(config)).init())
+    return metrics, jax.tree.map(np.asarray, state)
 
 
-@pytest.mark.parametrize("norm", Norm)
-def test_a_chunk_equals_single_steps(norm):
-    trainer, data = Trainer(dataclasses.replace(SMALL, norm=norm)), digits()
-    state = start = begin(trainer, jax.random.key(0), data)
-    step = jax.jit(trainer.step)
-    losses = []
-    for rows in batch_indices(state.key, state.step, 2, 8, 1437):
-        state, loss = step(state, Split(*(x[rows] for x in data.train)))
-        losses.append(loss)
-
-    with jax.transfer_guard("disallow"):
-        chunked, metrics = jax.jit(trainer.chunk)(start, data)
-    np.testing.assert_allclose(metrics["loss"], jnp.mean(jnp.stack(losses)), rtol=1e-5)
-    error = jax.jit(trainer.error)(state, data.test)
-    np.testing.assert_allclose(metrics["test_error"], error, atol=2 / 360)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
-        (chunked.params, chunked.statistics),
-        (state.params, state.statistics),
-    )
-    assert chunked.step == 2
-
-
-@pytest.mark.parametrize("unroll", [False, True])
-def test_seeds_side_by_side_equal_runs_of_their_own(unroll):
-    trainer, data = Trainer(dataclasses.replace(SMALL, unroll=unroll)), digits()
-    keys = jax.vmap(jax.random.key)(jnp.arange(2))
-    alone = [begin(trainer, key, data) for key in keys]
-    both, _ = jax.jit(jax.vmap(trainer.chunk, in_axes=(0, None)))(
-        jax.tree.map(lambda *states: jnp.stack(states), *alone), data
-    )
-    second, _ = jax.jit(trainer.chunk)(alone[1], data)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a[1], b, rtol=1e-4, atol=1e-6),
-        both.params,
-        second.params,
-    )
-
-
-def test_a_chunk_uses_its_states_up():
-    trainer, data = Trainer(dataclasses.replace(SMALL, norm=Norm.WEIGHT_NORM)), digits()
-    states = jax.tree.map(lambda x: x[None], begin(trainer, jax.random.key(0), data))
-    after, _ = compile_chunk(trainer, states, data)(states, data)
-    assert all(x.is_deleted() for x in jax.tree.leaves((states.params, states.optimizer)))
-    assert not any(x.is_deleted() for x in jax.tree.leaves((after, data)))
-
-
-def test_weight_norm_starts_at_the_plain_network_and_trains_g():
-    data = digits()
-    plain, normalized = (
-        Trainer(dataclasses.replace(SMALL, norm=norm)) for norm in (Norm.PLAIN, Norm.WEIGHT_NORM)
-    )
-    start, wn_start = (begin(t, jax.random.key(0), data) for t in (plain, normalized))
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6),
-        wnjax.fold(wn_start.params),
-        start.params,
-    )
-    assert set(wnjax.norms(wn_start.params)) == {"Conv_0/kernel", "Conv_1/kernel", "Dense_0/kernel"}
-    after, _ = jax.jit(normalized.chunk)(wn_start, data)
-    for path, norms in wnjax.norms(after.params).items():
-        assert (norms["g"] != wnjax.norms(wn_start.params)[path]["g"]).any(), path
-
-
-def test_batch_norm_keeps_running_statistics():
-    data, trainer = digits(), Trainer(dataclasses.replace(SMALL, norm=Norm.BATCH_NORM))
-    start = begin(trainer, jax.random.key(0), data)
-    after, _ = jax.jit(trainer.chunk)(start, data)
-    mean = [s.statistics["batch_stats"]["BatchNorm_0"]["mean"] for s in (start, after)]
-    assert (mean[0] != mean[1]).all()
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_every_config_runs_and_leaves_a_record(case, tmp_path, capsys):
-    assert main([case, *TINY, f"--workdir={tmp_path}"]) == 0
-    config = parse([case, *TINY]).config
-    assert capsys.readouterr().out.startswith(f"{config.norm.value}: test error ")
-    lines = records.read_metrics(tmp_path)
+@pytest.mark.parametrize("case", [case for case in CASES if "digits" in case])
+def test_every_variant_of_the_digits_runs_and_leaves_a_record(case, tmp_path, capsys):
+    assert main([case, *TINY, f"--workdir={tmp_path / 'run'}"]) == 0
+    assert capsys.readouterr().out.startswith("run: test_error ")
+    lines = records.read_metrics(tmp_path / "run")
     assert [line["step"] for line in lines] == [2, 4]
     for line in lines:
         assert np.isfinite(line["loss"]).all()
-        assert len(line["test_error"]) == config.seeds
-        assert line["seconds_per_step"] > 0
+        assert len(line["test_error"]) == 2
+        assert line["epoch"] == line["step"] * 8 / 1437
+        assert line["norms"]["Conv_1/kernel"]["step"][0] > 0
 
 
-def test_the_command_line_learns_digits(tmp_path):
-    """As a user runs it: another process, the whole way to a low test error, then once more."""
-    command = [
-        *(sys.executable, "-m", "experiments.train", "--config=configs/digits.py:weight_norm"),
-        *("--config.steps=120", "--config.seeds=1", f"--workdir={tmp_path}"),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+def test_an_interrupted_run_ends_as_one_that_was_not(cache, tmp_path):
+    """Killed while it trains, killed again, then asked to stop between two evaluations."""
+    smoke = (f"{DIGITS}:smoke", "--config.steps=20", "--config.steps_per_eval=4")
+    whole = processes.run(*smoke, f"--workdir={tmp_path / 'whole'}", cache=cache)
+    assert whole.returncode == 0, whole.stderr
+    again = (*smoke, f"--workdir={tmp_path / 'again'}")
+    for end_at, status in (("SIGKILL:3", -9), ("SIGKILL:10", -9), ("SIGTERM:13", 0)):
+        done = processes.run(*again, cache=cache, end_at=end_at)
+        assert done.returncode == status, done.stderr
+    assert done.stdout.startswith("stopped; the same command goes on: ")
+    last = processes.run(*again, cache=cache)
+    assert last.returncode == 0, last.stderr
+    assert "going on from step 13" in last.stderr
     assert (
-        "Conv_2/kernel   (3, 3, 32, 32)  float32  32 neurons, norm over axes (0, 1, 2)"
-        in done.stderr
+        last.stdout.split(" after ")[0]
+        == whole.stdout.replace("whole", "again").split(" after ")[0]
     )
-    assert "step 120 of 120: loss" in done.stderr  # a line per chunk: this is no terminal
-    assert f"% after 120 steps (seeds: 1); records in {tmp_path}" in done.stdout
+    (metrics, state), (metrics_again, state_again) = (
+        outcome(smoke, tmp_path / name) for name in ("whole", "again")
+    )
+    assert metrics == metrics_again
+    assert [line["step"] for line in metrics] == [4, 8, 12, 16, 20]
+    jax.tree.map(np.testing.assert_array_equal, state, state_again)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_smoke_variant_trains_is_killed_resumes_and_reports(path, cache, data_dir, tmp_path):
+    arguments = (f"--config={path}:smoke", f"--config.data_dir={data_dir}")
+    arguments += (f"--workdir={tmp_path / 'run'}",)
+    killed = processes.run(*arguments, cache=cache, end_at="SIGKILL:3")
+    assert killed.returncode == -9, killed.stderr
+    done = processes.run(*arguments, cache=cache)
+    assert done.returncode == 0, done.stderr
+    if "going on from step 2" not in done.stderr:  # killed before the checkpoint was whole
+        assert not re.search("going on from step", done.stderr)
+    metrics = [line["step"] for line in records.read_metrics(tmp_path / "run")]
+    assert metrics == list(range(2, metrics[-1] + 1, 2))
+    assert report.main([str(tmp_path / "run"), f"--out={tmp_path / 'report'}"]) == 0
+    assert (tmp_path / "report/curves.png").stat().st_size > 5000
+    if "vae" in path.stem or "draw" in path.stem:
+        pictures = {file.name for file in (tmp_path / "run/pictures").iterdir()}
+        assert pictures == {"samples.png", "reconstructions.png"}
+    if "cifar10" in path.stem:
+        about = records.read_about(tmp_path / "run")
+        assert about["data"]["CIFAR-10"].startswith("not the published files")
+
+
+def test_a_finished_run_is_left_alone_and_another_one_refused(tmp_path, capsys):
+    arguments = [f"{DIGITS}:plain", *TINY, f"--workdir={tmp_path}"]
+    assert main(arguments) == 0
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    assert main(arguments) == 0
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+    assert main([*arguments, "--config.seed=1"]) == 2
+    assert "holds a different run:\n  config.seed: 0 there, 1 here" in capsys.readouterr().err
+
+
+def test_the_command_line_learns_digits(cache, tmp_path):
+    """As a user runs it: another process, the whole way to a low test error."""
+    done = processes.run(
+        *(f"{DIGITS}:weight_norm", "--config.steps=120", "--config.seeds=1"),
+        *("--config.steps_per_call=1", f"--workdir={tmp_path}"),
+        cache=cache,
+    )
+    assert done.returncode == 0, done.stderr
+    text = "Conv_2/kernel   (3, 3, 32, 32)  float32  32 neurons, norm over axes (0, 1, 2)"
+    assert text in done.stderr
+    assert "step 120 of 120: loss" in done.stderr  # a line per evaluation: this is no terminal
+    assert f"(seeds: 1); records in {tmp_path}" in done.stdout
     assert records.read_metrics(tmp_path)[-1]["test_error"][0] < 0.12
 
-    refused = subprocess.run(
-        [*command, "--config.seed=1"], capture_output=True, text=True, timeout=60, check=False
-    )
-    assert (refused.returncode, refused.stdout) == (2, "")
-    assert "holds a different run:\n  config.seed: 0 there, 1 here" in refused.stderr
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys):
+    arguments = [f"{DIGITS}:plain", *TINY, "--config.optimizer.learning_rate=1e30"]
+    assert main([*arguments, f"--workdir={tmp_path}"]) == 2
+    error = capsys.readouterr().err
+    assert re.search(r"error: the loss of seed 0 is not finite at step [234]; ", error)
+    assert "Conv_1/kernel" in error
+    assert "Lower --config.optimizer.learning_rate" in error
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.latest() in (None, 2)  # none of the states after the failure
 
 
-@pytest.mark.parametrize("argument", ["--help", "--config=configs/digits.py:plian"])
+@pytest.mark.parametrize("argument", ["--help", f"{DIGITS}:plian"])
 def test_help_and_errors(argument, capsys):
     status = main([argument])
     out, err = capsys.readouterr()
     if argument == "--help":
         assert status == 0
-        assert "\n  steps_per_chunk: steps compiled into one program" in out
+        assert "\n  steps_per_call: steps in one call" in out
     else:
         assert status == 2
-        assert err.startswith("error: --config=configs/digits.py:plian: unknown variant 'plian'")
+        assert err.startswith(f"error: {DIGITS}:plian: unknown variant 'plian'")
 
 
-def test_a_batch_larger_than_the_data(tmp_path, capsys):
-    arguments = [CASES[0], "--config.batch_size=1438", f"--workdir={tmp_path / 'run'}"]
-    assert main(arguments) == 2
-    assert "batch_size must be at most 1437, the number of training" in capsys.readouterr().err
+def test_help_for_a_config_file_has_the_fields_of_its_task(capsys):
+    assert main(["--config=configs/mnist_draw.py", "--help"]) == 0
+    assert "\n  glimpses: steps in which an image is read and drawn" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argument", "text"),
+    [
+        ("--config.batch_size=1438", "batch_size must be at most 1437, the number of training"),
+        ("--config.train_examples=2000", "train_examples must be at most 1437, got 2000"),
+        ("--config.test_examples=361", "test_examples must be at most 360, got 361"),
+        ("--config.devices=64", "devices must be at most 8, got 64"),
+    ],
+)
+def test_more_than_there_is(argument, text, tmp_path, capsys):
+    assert main([f"{DIGITS}:plain", argument, f"--workdir={tmp_path / 'run'}"]) == 2
+    assert text in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
-def test_one_compilation_for_all_chunks(tmp_path, monkeypatch):
-    traces = []
-    chunk = Trainer.chunk
-    monkeypatch.setattr(Trainer, "chunk", lambda *a: traces.append(1) or chunk(*a))
-    assert main(["--config=configs/digits.py:plain", *TINY, f"--workdir={tmp_path}"]) == 0
-    assert len(traces) == 1
-    assert len(records.read_metrics(tmp_path)) == 2
+def test_data_that_cannot_be_had(tmp_path, capsys, monkeypatch):
+    def refuse(folder):
+        raise DataError(f"no network: {folder}")
+
+    monkeypatch.setattr("experiments.tasks.images.mnist", refuse)
+    assert main(["--config=configs/mnist_vae.py:smoke", f"--workdir={tmp_path / 'run'}"]) == 2
+    assert capsys.readouterr().err == "error: no network: data\n"
+    assert not (tmp_path / "run").exists()
+
+
+def test_profile_and_tensorboard(tmp_path):
+    arguments = [f"{DIGITS}:plain", *TINY, "--config.profile=(1,3)", "--config.tensorboard=true"]
+    assert main([*arguments, f"--workdir={tmp_path}"]) == 0
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+    events = list((tmp_path / "tensorboard").iterdir())
+    assert b"test_error" in events[0].read_bytes()
+
+
+def test_a_state_that_is_being_saved_may_be_used_up(tmp_path):
+    """Saving goes on in the background while the buffers are overwritten in place."""
+    overwrite = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)
+    state = {
+        "w": jnp.zeros((1000, 1000), jnp.float32),
+        "key": jax.random.key_data(jax.random.key(1)),
+    }
+    with Checkpoints(tmp_path) as checkpoints:
+        for step in range(3):
+            checkpoints.save(step, state)
+            state = overwrite(overwrite(state))
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.latest() == 2
+        restored = checkpoints.restore(state)
+    np.testing.assert_array_equal(restored["w"], 4)
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 2
+
+
+def test_records_hold_what_is_needed_to_run_again(tmp_path):
+    arguments = [f"{DIGITS}:plain", *TINY, f"--workdir={tmp_path}"]
+    main(arguments)
+    about = json.loads((tmp_path / "run.json").read_text())
+    assert about["arguments"] == arguments
+    assert about["variant"] == "plain"
+    assert about["config"]["task"]["widths"] == [4, 8]
+    assert about["config"]["task_name"] == "Digits"
+    assert re.fullmatch(r"[0-9a-f]{12}(-dirty)?|unknown", about["commit"])

@@ -1,0 +1,18 @@
+"""The data sets: arrays on the host, one example after the other along the first axis."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+Examples = dict[str, np.ndarray]  # by name, such as "images" and "labels"
+
+
+class Data(NamedTuple):
+    """What a network is trained on, and what it is tested on."""
+
+    train: Examples
+    test: Examples
+
+
+class DataError(Exception):
+    """Data cannot be had or is damaged; the message says which file, and what to do."""

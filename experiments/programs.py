@@ -1,0 +1,92 @@
+"""The compiled programs of a run, over all its seeds, and the data that they use."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import wnjax
+from experiments.config import Config
+from experiments.datasets import Data
+from experiments.trainer import Dataset, State, Trainer
+
+Metrics = dict[str, np.ndarray]  # by name; a value for every seed
+Norms = dict[str, dict[str, np.ndarray]]  # by path and name; a value for every seed
+
+
+class Programs:
+    """The compiled programs of one run, and the data that they use."""
+
+    def __init__(self, config: Config, data: Data):
+        """Puts the data on the devices; compiles nothing yet."""
+        self.config, self.trainer = config, Trainer(config)
+        self.count = len(next(iter(data.train.values())))  # of training examples
+        self.mesh = jax.make_mesh(
+            (config.devices,), ("data",), (AxisType.Auto,), devices=jax.devices()[: config.devices]
+        )
+        whole = self._whole = NamedSharding(self.mesh, PartitionSpec())
+        self.train, self.test = (jax.device_put(dict(split), whole) for split in data)
+        over_seeds = partial(jax.vmap, in_axes=(0, None))
+        self._init = jax.jit(self.trainer.init)
+        self._steps: Any = jax.jit(self._advance, donate_argnums=0, out_shardings=whole)
+        self._evaluate: Any = jax.jit(jax.vmap(self.trainer.evaluate, in_axes=(0, None, None)))
+        self._norms: Any = jax.jit(over_seeds(self.trainer.norms))
+
+    def init(self) -> State:
+        """The states of all seeds before the first step."""
+        seeds = range(self.config.seed, self.config.seed + self.config.seeds)
+        # One by one: side by side, initializers take twice as long to compile.
+        each = [jax.device_get(self._init(jnp.int32(seed), self.train)) for seed in seeds]
+        stacked: State = jax.tree.map(lambda *leaves: np.stack(leaves), *each)
+        states: State = jax.device_put(stacked, self._whole)
+        return states
+
+    def compile(self, states: State) -> None:
+        """Compiles what is called again and again, before anything is timed."""
+        self._steps = self._steps.lower(states, self.train).compile()
+        self._evaluate = self._evaluate.lower(states, self.test, jnp.int32(0)).compile()
+        self._norms = self._norms.lower(states, self.train).compile()
+
+    def steps(self, states: State) -> tuple[State, jax.Array]:
+        """`steps_per_call` steps. The states are used up; the second result tells when they end."""
+        after: tuple[State, jax.Array] = self._steps(states, self.train)
+        return after
+
+    def _advance(self, states: State, train: Dataset) -> tuple[State, jax.Array]:
+        states = jax.vmap(self.trainer.steps, in_axes=(0, None))(states, train)
+        return states, states.step
+
+    def metrics(self, states: State) -> Metrics:
+        """The mean loss since the last evaluation, and the measures of the test set."""
+        count = len(next(iter(self.test.values())))
+        numbers = range(-(-count // self.config.batch_size))
+        sums = [self._evaluate(states, self.test, jnp.int32(number)) for number in numbers]
+        test = {f"test_{name}": sum(one[name] for one in sums) / count for name in sums[0]}
+        loss = states.loss / self.config.steps_per_eval
+        metrics: Metrics = jax.device_get({"loss": loss, **test})
+        return metrics
+
+    def norms(self, states: State) -> Norms:
+        """`Trainer.norms` of all seeds."""
+        found: Norms = jax.device_get(self._norms(states, self.train))
+        return found
+
+    def pictures(self, states: State) -> dict[str, np.ndarray]:
+        """What the task draws with the first network."""
+        first = jax.tree.map(lambda x: x[0], states)
+        params = wnjax.fold(self.trainer.weights(first))
+        rngs = {name: jax.random.key(i) for i, name in enumerate(("latent", "binarization"))}
+
+        def apply(*arguments: Any, method: str) -> jax.Array:
+            variables = {"params": params, **first.statistics}
+            network: Any = self.trainer.network
+            outputs: jax.Array = network.apply(variables, *arguments, method=method, rngs=rngs)
+            return outputs
+
+        few = jax.tree.map(lambda x: x[:100], self.test)
+        return self.config.task.pictures(apply, few)

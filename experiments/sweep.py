@@ -1,0 +1,136 @@
+"""Runs a config file's sweep: python -m experiments.sweep --config=configs/digits.py [--run].
+
+`def sweep()` in a config file yields a dict for every run: fields by their dotted names, and
+"variant". All of them are checked before anything is printed or run. Without --run the commands
+are printed, one a line. With it they are run one after the other; finished runs are skipped, those
+that were interrupted go on, and one that fails does not stop the others.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from experiments import records
+from experiments.command_line import ConfigError, Run, parse, shell_value
+from experiments.logs import log, log_to_stderr
+
+USAGE = f"""\
+usage: python -m experiments.sweep --config=FILE[:VARIANT] [--config.FIELD=VALUE ...]
+           [--workdir=DIR] [--run]
+
+{__doc__}
+VARIANT leaves that variant's runs. FIELD=VALUE holds for all runs. Results go to
+DIR/<variant>-<field>=<value>-..., DIR being runs/<name of the file>."""
+
+
+class Entry(NamedTuple):
+    """One run of a sweep, and the arguments of experiments.train that say so."""
+
+    run: Run
+    arguments: list[str]
+
+    def command(self) -> str:
+        """The whole command."""
+        return shlex.join(["python", "-m", "experiments.train", *self.arguments])
+
+
+def entries(arguments: Sequence[str]) -> list[Entry]:
+    """The runs of the sweep that a command line names, each of them parsed.
+
+    Raises:
+      ConfigError: if the file has no sweep, or for the first run that does not parse, or if two
+        runs are the same.
+    """
+    named = [argument for argument in arguments if argument.startswith("--config=")]
+    if len(named) != 1:
+        raise ConfigError("--config=FILE is missing, such as --config=configs/digits.py")
+    name, _, only = named[0].removeprefix("--config=").partition(":")
+    folders = [a.removeprefix("--workdir=") for a in arguments if a.startswith("--workdir=")]
+    common = [a for a in arguments if a not in named and not a.startswith("--workdir=")]
+    folder = Path(folders[-1]) if folders else Path("runs", Path(name).stem)
+    found = [_entry(name, changes, common, folder) for changes in _sweep(name, only)]
+    directories = [entry.run.workdir for entry in found]
+    if twice := {str(one) for one in directories if directories.count(one) > 1}:
+        raise ConfigError(f"the sweep of {name} has a run twice: {', '.join(sorted(twice))}")
+    return found
+
+
+def _sweep(name: str, only: str) -> Iterable[Mapping[str, Any]]:
+    parse([f"--config={name}"])  # says what is wrong with a file that cannot be read
+    spec = importlib.util.spec_from_file_location(Path(name).stem, name)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"{name} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "sweep"):
+        raise ConfigError(f"{name} has no sweep: add `def sweep()`, which yields dicts of fields")
+    chosen = [one for one in module.sweep() if not only or one.get("variant") == only]
+    if not chosen:
+        raise ConfigError(f"the sweep of {name} has no run of the variant {only!r}")
+    return chosen
+
+
+def _entry(name: str, changes: Mapping[str, Any], common: Sequence[str], folder: Path) -> Entry:
+    fields = {field: shell_value(value) for field, value in changes.items() if field != "variant"}
+    variant = changes.get("variant", "")
+    short = [f"{field.rsplit('.', maxsplit=1)[-1]}={value}" for field, value in fields.items()]
+    workdir = folder / "-".join([variant or "default", *short])
+    arguments = [
+        f"--config={name}:{variant}" if variant else f"--config={name}",
+        *(f"--config.{field}={value}" for field, value in fields.items()),
+        *common,
+        f"--workdir={workdir}",
+    ]
+    return Entry(parse(arguments), arguments)
+
+
+def execute(sweep: Sequence[Entry]) -> list[str]:
+    """Runs what is not finished, each in a process of its own; returns the commands that failed."""
+    failed = []
+    for i, entry in enumerate(sweep, start=1):
+        if records.is_finished(entry.run):
+            log.info("%d of %d: finished before: %s", i, len(sweep), entry.run.workdir)
+            continue
+        log.info("%d of %d: %s", i, len(sweep), entry.command())
+        status = train_apart(entry.arguments)
+        if status or not records.is_finished(entry.run):
+            log.info("%d of %d: failed or stopped (exit status %d)", i, len(sweep), status)
+            failed.append(entry.command())
+    return failed
+
+
+def train_apart(arguments: Sequence[str]) -> int:
+    """Runs experiments.train in a process of its own; returns its exit status."""
+    command = [sys.executable, "-m", "experiments.train", *arguments]
+    return subprocess.run(command, check=False).returncode
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs the command line and returns its exit status."""
+    log_to_stderr()
+    if {"-h", "--help"} & set(arguments):
+        print(USAGE)
+        return 0
+    try:
+        sweep = entries([argument for argument in arguments if argument != "--run"])
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if "--run" not in arguments:
+        print("\n".join(entry.command() for entry in sweep))
+        return 0
+    if failed := execute(sweep):
+        print(f"{len(failed)} of {len(sweep)} runs did not finish:", *failed, sep="\n  ")
+        return 1
+    print(f"all {len(sweep)} runs are finished")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,222 @@
+"""Training as pure functions: a state, a step, an evaluation."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import PartitionSpec
+
+import wnjax
+from experiments.config import Config
+from experiments.datasets.batches import batch_indices
+from experiments.tasks import Batch, Measures
+
+_DECISIONS = wnjax.Neuron, wnjax.NotNeuron
+RNGS = ("dropout", "noise", "latent", "binarization")  # streams that networks ask for
+Dataset = dict[str, jax.Array]  # examples on the device
+
+
+class State(NamedTuple):
+    """Everything that changes in training; stacked over the seeds outside of `Trainer`."""
+
+    step: jax.Array  # () int32: steps taken
+    key: jax.Array  # key data, of the order of the examples and of all noise
+    params: Any  # with nodes where weight norm is on
+    statistics: Any  # of batch norm; empty without
+    optimizer: optax.OptState
+    average: Any  # of the parameters; None without
+    loss: jax.Array  # () float32: the sum over the steps since the last evaluation
+    failed: jax.Array  # () int32: the first step whose loss was not finite; -1 for none
+
+
+class Trainer:
+    """The pure functions of one experiment. None of them keeps anything."""
+
+    def __init__(self, config: Config):
+        """Takes what does not change: the network and its optimizer."""
+        self.config = config
+        dtype = jnp.bfloat16 if config.bfloat16 else None
+        self.network = config.task.network(config.norm, dtype)
+        self.optimizer = config.optimizer.make(config.steps)
+        self.average = optax.ema(config.ema_decay) if config.ema_decay else None
+
+    def init(self, seed: jax.Array, train: Dataset) -> State:
+        """The state of one network before its first step."""
+        config, task = self.config, self.config.task
+        init_key, data_key, batch_key = jax.random.split(jax.random.key(seed), 3)
+        few = jax.tree.map(lambda x: x[:2], train)
+        rngs = {"params": init_key, **_rngs(batch_key)}
+        variables = self.network.init(rngs, task.inputs(few), train=True)
+        params = variables.pop("params")
+        if config.weight_norm:
+            axes = wnjax.neurons(self.forward, params, variables, few, batch_key, train=True)
+            params = _scale_v(wnjax.weight_norm(params, axes), config.v_std)
+        if config.init_examples:
+            shape, n = (config.init_examples,), len(next(iter(train.values())))
+            rows = jax.random.choice(batch_key, n, shape, replace=False)
+            batch = jax.tree.map(lambda x: x[rows], train)
+            params = wnjax.data_init(
+                *(self.forward, params, variables, batch, batch_key),
+                train=True,
+                std=task.init_std or 1.0,
+            )
+        return State(
+            step=jnp.int32(0),
+            key=jax.random.key_data(data_key),
+            params=params,
+            statistics=variables,
+            optimizer=self.optimizer.init(params),
+            average=self.average.init(params) if self.average else None,
+            loss=jnp.float32(0),
+            failed=jnp.int32(-1),
+        )
+
+    def forward(
+        self, params: Any, statistics: Any, batch: Batch, key: jax.Array, *, train: bool
+    ) -> tuple[Any, Any]:
+        """The network's outputs, and the new statistics, for plain weights."""
+        variables = {"params": params, **statistics}
+        mutable = list(statistics) if train else []
+        inputs, rngs = self.config.task.inputs(batch), _rngs(key)
+        return self.network.apply(variables, inputs, train=train, mutable=mutable, rngs=rngs)
+
+    def measure(
+        self, params: Any, statistics: Any, batch: Batch, key: jax.Array, *, train: bool
+    ) -> tuple[Measures, Any]:
+        """The measures of every example, and the new statistics; params may hold nodes."""
+        forward = wnjax.wrap(self.forward)
+        outputs, statistics = forward(params, statistics, batch, key, train=train)
+        return self.config.task.measures(outputs, batch), statistics
+
+    def updates(self, state: State, batch: Batch) -> tuple[jax.Array, Any, Any, optax.OptState]:
+        """What one step does: the loss, the new statistics, the updates, the optimizer's state."""
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+
+        def loss(params: Any) -> tuple[jax.Array, Any]:
+            measures, statistics = self.measure(params, state.statistics, batch, key, train=True)
+            return measures["loss"].mean(), statistics
+
+        (value, statistics), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
+        updates, optimizer = self.optimizer.update(grads, state.optimizer, state.params)
+        return value, statistics, updates, optimizer
+
+    def step(self, state: State, batch: Batch) -> State:
+        """One step of one network."""
+        value, statistics, updates, optimizer = self.updates(state, batch)
+        params = optax.apply_updates(state.params, updates)
+        average = state.average
+        if self.average:
+            average = self.average.update(params, average)[1]
+        is_first = state.step % self.config.steps_per_eval == 0  # since the last evaluation
+        is_failure = (state.failed < 0) & ~jnp.isfinite(value)
+        return State(
+            step=state.step + 1,
+            key=state.key,
+            params=params,
+            statistics=statistics,
+            optimizer=optimizer,
+            average=average,
+            loss=jnp.where(is_first, 0, state.loss) + value,
+            failed=jnp.where(is_failure, state.step + 1, state.failed),
+        )
+
+    def steps(self, state: State, train: Dataset) -> State:
+        """`steps_per_call` steps of one network."""
+        config, n = self.config, len(next(iter(train.values())))
+        key = jax.random.wrap_key_data(state.key)
+        indices = batch_indices(key, state.step, config.steps_per_call, config.batch_size, n)
+
+        def step(state: State, rows: jax.Array) -> tuple[State, None]:
+            return self.step(state, self.share(jax.tree.map(lambda x: x[rows], train))), None
+
+        if config.steps_per_call == 1:  # without a loop of one step
+            return step(state, indices[0])[0]
+        return jax.lax.scan(step, state, indices, unroll=config.unroll)[0]
+
+    def share(self, batch: Batch) -> Batch:
+        """The batch, split over the devices."""
+        if self.config.devices == 1:
+            return batch
+        return {
+            name: jax.lax.with_sharding_constraint(x, PartitionSpec("data"))
+            for name, x in batch.items()
+        }
+
+    def weights(self, state: State) -> Any:
+        """The parameters that are evaluated: the moving average, where there is one."""
+        if self.average is None or state.average is None:
+            return state.params
+        correction = 1 - self.config.ema_decay ** state.step.astype(jnp.float32)
+        return jax.tree.map(lambda x: x / correction, state.average.ema)
+
+    def evaluate(self, state: State, test: Dataset, number: jax.Array) -> Measures:
+        """The sums of all measures of one network over batch `number` of the test set."""
+        n, size = len(next(iter(test.values()))), self.config.batch_size
+        places = number * size + jnp.arange(size)
+        batch = self.share(jax.tree.map(lambda x: x[jnp.minimum(places, n - 1)], test))
+        key = jax.random.fold_in(jax.random.key(0), number)  # the same in every evaluation
+        params = self.weights(state)
+        measures, _ = self.measure(params, state.statistics, batch, key, train=False)
+        return {name: jnp.sum(x, where=places < n) for name, x in measures.items()}
+
+    def norms(self, state: State, train: Dataset) -> dict[str, dict[str, jax.Array]]:
+        """For every weight, over its neurons: the mean ‖v‖, g, and effective step size.
+
+        The latter is ‖Δv‖/‖v‖ for the update that the next step would make: how far directions
+        turn. Without weight norm, v is the weight itself and there is no g.
+        """
+        key = jax.random.wrap_key_data(state.key)
+        n = len(next(iter(train.values())))
+        rows = batch_indices(key, state.step, 1, self.config.batch_size, n)[0]
+        batch = self.share(jax.tree.map(lambda x: x[rows], train))
+        _, _, updates, _ = self.updates(state, batch)
+        if self.config.weight_norm:
+            found = wnjax.norms(state.params)
+            change = {path: norms["v"] for path, norms in wnjax.norms(updates).items()}
+        else:
+            few = jax.tree.map(lambda x: x[:2], batch)
+            arguments = state.params, state.statistics, few, jax.random.key(0)
+            axes = wnjax.neurons(self.forward, *arguments, train=True)
+            found = {path: {"v": norms} for path, norms in _lengths(state.params, axes).items()}
+            change = _lengths(updates, axes)
+        return {
+            path: {
+                **{name: jnp.mean(norms[name]) for name in ("v", "g") if name in norms},
+                "step": jnp.mean(change[path] / jnp.maximum(norms["v"], 1e-30)),
+            }
+            for path, norms in found.items()
+        }
+
+
+def _scale_v(params: Any, std: float) -> Any:
+    """The same weights, with entries of this standard deviation in every v; 0 for any."""
+
+    def scale(x: Any) -> Any:
+        if not std or not isinstance(x, wnjax.WeightNorm):
+            return x
+        root_mean_square = jnp.sqrt(jnp.mean(jnp.square(x.v)))
+        return wnjax.WeightNorm(g=x.g, v=x.v * (std / root_mean_square))
+
+    return jax.tree.map(scale, params, is_leaf=lambda x: isinstance(x, wnjax.WeightNorm))
+
+
+def _lengths(tree: Any, axes: Any) -> dict[str, jax.Array]:
+    """By slash path, the norms of the neurons in a tree of plain weights."""
+    pairs = jax.tree_util.tree_leaves_with_path(tree)
+    decisions = jax.tree.leaves(axes, is_leaf=lambda x: isinstance(x, _DECISIONS))
+    lengths = {}
+    for (path, w), decision in zip(pairs, decisions, strict=True):
+        if isinstance(decision, wnjax.Neuron):
+            features = np.atleast_1d(decision.feature_axes) % w.ndim
+            fan_in = tuple(axis for axis in range(w.ndim) if axis not in features)
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            lengths[name] = jnp.sqrt(jnp.sum(jnp.square(w), fan_in))
+    return lengths
+
+
+def _rngs(key: jax.Array) -> dict[str, jax.Array]:
+    return {name: jax.random.fold_in(key, i) for i, name in enumerate(RNGS)}

@@ -1,0 +1,117 @@
+"""Sweeps: every entry parses, commands are whole, failures do not stop the others."""
+
+import shlex
+
+import pytest
+
+from experiments import records, sweep, train
+from experiments.command_line import ConfigError, parse
+from tests.experiments.test_config import CONFIGS
+
+SWEEPS = [path for path in CONFIGS if "def sweep" in path.read_text()]
+FILE = """\
+from experiments.config import Config
+from experiments.tasks.classification import Digits
+
+def get_config(variant="a"):
+    return Config(task=Digits(widths=(2,)), steps=2, steps_per_eval=2, batch_size=8)
+
+def sweep():
+    for seed in (0, 1):
+        yield {"variant": "a", "seed": seed}
+    yield {"variant": "b", "optimizer.learning_rate": 0.5}
+"""
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
+
+@pytest.fixture
+def file(tmp_path):
+    file = tmp_path / "small.py"
+    file.write_text(FILE)
+    return file
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=str)
+def test_every_entry_of_every_sweep_parses(path):
+    found = sweep.entries([f"--config={path}"])
+    assert len(found) >= 6
+    for entry in found:
+        python, dash, module, *arguments = shlex.split(entry.command())
+        assert (python, dash, module) == ("python", "-m", "experiments.train")
+        assert parse(arguments).config == entry.run.config
+
+
+def test_there_are_sweeps():
+    assert {path.stem for path in SWEEPS} >= {"digits", "cifar10"}
+
+
+def test_commands_are_printed_and_nothing_is_run(file, capsys, tmp_path):
+    assert sweep.main([f"--config={file}", f"--workdir={tmp_path / 'out'}"]) == 0
+    prefix = f"python -m experiments.train --config={file}"
+    assert capsys.readouterr().out.splitlines() == [
+        f"{prefix}:a --config.seed=0 --workdir={tmp_path}/out/a-seed=0",
+        f"{prefix}:a --config.seed=1 --workdir={tmp_path}/out/a-seed=1",
+        f"{prefix}:b --config.optimizer.learning_rate=0.5 "
+        f"--workdir={tmp_path}/out/b-learning_rate=0.5",
+    ]
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_variant_and_fields_for_all(file):
+    found = sweep.entries([f"--config={file}:a", "--config.batch_size=4"])
+    assert [entry.run.config.seed for entry in found] == [0, 1]
+    assert {entry.run.config.batch_size for entry in found} == {4}
+    assert str(found[0].run.workdir) == "runs/small/a-seed=0"
+
+
+def test_runs_finished_ones_are_skipped_and_failures_reported(file, tmp_path, capsys, monkeypatch):
+    """The second of three fails once; asked again, only that one is run."""
+    ran, broken = [], ["a-seed=1"]
+
+    def in_this_process(arguments):
+        name = parse(arguments).workdir.name
+        ran.append(name)
+        return 2 if name in broken else train.main(arguments)
+
+    monkeypatch.setattr(sweep, "train_apart", in_this_process)
+    arguments = [f"--config={file}", f"--workdir={tmp_path / 'out'}", "--run"]
+    assert sweep.main(arguments) == 1
+    out = capsys.readouterr().out
+    assert "1 of 3 runs did not finish:\n  python -m experiments.train" in out
+    assert "--config.seed=1" in out.split("did not finish:")[1]
+    assert ran == ["a-seed=0", "a-seed=1", "b-learning_rate=0.5"]
+    broken.clear()
+    assert sweep.main(arguments) == 0
+    assert ran[3:] == ["a-seed=1"]
+    assert "all 3 runs are finished" in capsys.readouterr().out
+    assert records.read_metrics(tmp_path / "out/a-seed=1")[-1]["step"] == 2
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "text"),
+    [
+        ('"seed": seed', '"sede": seed', "unknown flag --config.sede; did you mean --config.seed?"),
+        ('"seed": seed', '"steps": -1', "steps must be positive, got -1"),
+        ('"seed": seed', '"seed": 3', "has a run twice: "),
+        ("def sweep", "def swep", "has no sweep: add `def sweep()`"),
+    ],
+)
+def test_a_mistake_anywhere_stops_before_anything_runs(old, new, text, file, capsys):
+    file.write_text(FILE.replace(old, new))
+    out = file.parent / "out"
+    assert sweep.main([f"--config={file}", f"--workdir={out}", "--run"]) == 2
+    assert text in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_an_unknown_variant_or_no_file(file):
+    with pytest.raises(ConfigError, match="has no run of the variant 'c'"):
+        sweep.entries([f"--config={file}:c"])
+    with pytest.raises(ConfigError, match="--config=FILE is missing"):
+        sweep.entries([])
+
+
+def test_help(capsys):
+    assert sweep.main(["--help"]) == 0
+    assert "--run" in capsys.readouterr().out
