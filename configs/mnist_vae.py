@@ -31,10 +31,10 @@ NORMS = {
     "weight_norm": WEIGHT_NORM,
     "weight_norm_init": {**WEIGHT_NORM, "init_examples": 500},
 }
-# For a CPU: half the maps, one block in a sequence, a fifth of the images and of the epochs.
+# For a CPU: half the maps, one block in a sequence, a fifth of the images, twelve epochs.
 SHORT = {
     "task": MnistVae(maps=(8, 16, 16), blocks=1, units=128),
-    "steps": 20 * 120,
+    "steps": 12 * 120,
     "steps_per_eval": 120,
     "train_examples": 12_000,
     "test_examples": 2_000,

@@ -57,6 +57,8 @@ class Transformer(nn.Module):
             return nn.Dense(features, dtype=self.dtype)
 
         def branch(x: jax.Array) -> jax.Array:
+            if not self.dropout:
+                return x
             dropped: jax.Array = nn.Dropout(self.dropout)(x, deterministic=not train)
             return dropped
 
