@@ -85,10 +85,8 @@ class Programs:
         def apply(*arguments: Any, method: str) -> jax.Array:
             variables = {"params": params, **first.statistics}
             network: Any = self.trainer.network
-            call = partial(network.apply, method=method, rngs=rngs)
-            is_array = [isinstance(argument, jax.Array) for argument in arguments]
-            static = [1 + i for i, array in enumerate(is_array) if not array]
-            outputs: jax.Array = jax.jit(call, static_argnums=static)(variables, *arguments)
+            call = partial(network.apply, variables, *arguments, method=method, rngs=rngs)
+            outputs: jax.Array = jax.jit(call)()
             return outputs
 
         few = jax.tree.map(lambda x: x[:100], self.test)

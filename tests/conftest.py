@@ -5,6 +5,8 @@ import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_platforms", "cpu")
+# LLVM's optimizations would take much of the time; the tests of exact numbers do compile with them.
+jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(autouse=True)
@@ -22,8 +24,8 @@ def x64():
 
 
 @pytest.fixture
-def quick_compilation():
-    """Without LLVM's optimizations whole networks compile faster, and compute the same."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
+def optimized():
+    """Compiles a test as users do."""
     jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)

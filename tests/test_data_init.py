@@ -18,10 +18,7 @@ from experiments.networks.transformer import Transformer
 from tests import toys, traced_layers, traced_layers_flax, traced_layers_nested
 
 LAYERS = traced_layers.CASES | traced_layers_flax.CASES | traced_layers_nested.CASES
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:data_init"),
-    pytest.mark.usefixtures("quick_compilation"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:data_init")
 
 
 def normal(*shape, seed=0, dtype=jnp.float32):

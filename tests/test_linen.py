@@ -19,8 +19,6 @@ import wnjax
 from tests.toys import Attention, train
 from wnjax.linen import WeightNorm
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 X = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
 KEY = jax.random.key(0)
 flat = partial(flatten_dict, sep="/")

@@ -13,8 +13,6 @@ from flax import nnx
 from tests.toys import train
 from wnjax.nnx import WeightNorm
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 X = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
 
 

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 import wnjax
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 SHAPES = {"dense": ((6, 5), -1), "conv": ((3, 3, 2, 4), -1), "heads": ((4, 2, 3), (-2, -1))}
 
 

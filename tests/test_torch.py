@@ -11,6 +11,8 @@ import wnjax
 from tests.golden import torch_weight_norm
 from tests.toys import train
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 LAYERS = {
     "linear": nn.Dense(4),
     "conv1d": nn.Conv(4, (3,), padding=1),

@@ -13,6 +13,8 @@ from flax import nnx
 import wnjax
 from tests import toys
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 

@@ -15,8 +15,6 @@ from wnjax import _wrap
 
 LAYERS = traced_layers.CASES | traced_layers_flax.CASES | traced_layers_nested.CASES
 LOW_PRECISION = {"bfloat16_compute", "dense_bfloat16"}
-# XLA's optimizations would take most of the time of these tests.
-QUICKLY = {"xla_backend_optimization_level": "0"}
 
 
 def normalized(fn, params, *args):
@@ -53,7 +51,7 @@ def check(fn, params, args, tolerance):
         return [f(tree) for f in grad]
 
     with jax.numpy_dtype_promotion("standard"):
-        actual, expected = jax.jit(both, compiler_options=QUICKLY)(tree)
+        actual, expected = jax.jit(both)(tree)
     pairs = zip(*map(jax.tree.leaves, (actual, expected)), strict=True)
     pairs = [(x, y) for x, y in pairs if x.dtype != jax.dtypes.float0]
     largest = max(np.max(abs(np.asarray(y, np.float64)), initial=0) for _, y in pairs)

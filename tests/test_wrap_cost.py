@@ -9,6 +9,8 @@ import wnjax
 from experiments.networks.classifiers import MLP
 from experiments.networks.transformer import Transformer
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 
 def compiled_step(fn, params, inputs, labels):
     """XLA's bytes accessed and temporary memory of a training step with Adam."""

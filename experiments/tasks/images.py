@@ -18,7 +18,6 @@ from experiments.networks.vae import BinaryVAE, HierarchicalVAE
 from experiments.tasks import Apply, Batch, Measures, Task, check_positive, check_sizes
 
 SIDE = 10  # pictures are grids of so many images a side
-PIXELS = {"mnist": 28 * 28, "cifar10": 32 * 32 * 3}
 
 
 class Generation(Task):
@@ -42,8 +41,8 @@ class Generation(Task):
         """Samples, and pairs of rows: images and their reconstructions."""
         images = self.inputs(batch)[: SIDE * SIDE // 2]
         again = apply(images, method="reconstruct")
-        pairs = [x for i in range(0, len(images), SIDE) for x in (images, again) for x in [x[i:]]]
-        rows = jnp.concatenate([x[:SIDE] for x in pairs])
+        starts = range(0, len(images), SIDE)
+        rows = jnp.concatenate([x[i : i + SIDE] for i in starts for x in (images, again)])
         samples = apply(SIDE * SIDE, method="sample")
         return {"reconstructions": grid(rows, SIDE), "samples": grid(samples, SIDE)}
 
@@ -56,8 +55,22 @@ def grid(images: jax.Array, columns: int) -> np.ndarray:
     return tiles.reshape(-1, columns * width, channels)
 
 
+class OnMnist(Generation):
+    """A model of MNIST's images."""
+
+    __slots__ = ()
+
+    def data(self, folder: Path) -> Data:
+        """60,000 images to train on and 10,000 to test on."""
+        return mnist(folder)
+
+    def provenance(self, folder: Path) -> dict[str, str]:
+        """Whether the files are the published ones."""
+        return {"MNIST": provenance(folder, MNIST)}
+
+
 @dataclasses.dataclass(slots=True, kw_only=True)
-class MnistVae(Generation):
+class MnistVae(OnMnist):
     """MNIST, binarized at random each time, and a variational autoencoder of residual blocks.
 
     Attributes:
@@ -84,14 +97,6 @@ class MnistVae(Generation):
         check_positive(self, "blocks", "units", "latents")
         if len(self.maps) > 3:
             raise ValueError(f"task.maps must be 3 at most: images of 28 pixels, got {self.maps}")
-
-    def data(self, folder: Path) -> Data:
-        """60,000 images to train on and 10,000 to test on."""
-        return mnist(folder)
-
-    def provenance(self, folder: Path) -> dict[str, str]:
-        """Whether the files are the published ones."""
-        return {"MNIST": provenance(folder, MNIST)}
 
     def network(self, norm: ActivationNorm, dtype: Any) -> nn.Module:
         """One stochastic layer between an encoder and its mirror image."""
@@ -144,7 +149,7 @@ class Cifar10Vae(Generation):
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
-class MnistDraw(Generation):
+class MnistDraw(OnMnist):
     """MNIST, binarized at random each time, and DRAW.
 
     Attributes:
@@ -167,14 +172,6 @@ class MnistDraw(Generation):
         for name in ("read", "write"):
             if getattr(self, name) < 2:
                 raise ValueError(f"task.{name} must be 2 or more, got {getattr(self, name)}")
-
-    def data(self, folder: Path) -> Data:
-        """60,000 images to train on and 10,000 to test on."""
-        return mnist(folder)
-
-    def provenance(self, folder: Path) -> dict[str, str]:
-        """Whether the files are the published ones."""
-        return {"MNIST": provenance(folder, MNIST)}
 
     def network(self, norm: ActivationNorm, dtype: Any) -> nn.Module:
         """DRAW with LSTMs and selective attention."""

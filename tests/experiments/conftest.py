@@ -9,11 +9,6 @@ import pytest
 from experiments.datasets.published import CIFAR10, MNIST
 
 
-@pytest.fixture(autouse=True)
-def compile_quickly(quick_compilation):
-    """In all tests of the experiments."""
-
-
 @pytest.fixture
 def standard_promotion():
     """Optax and flax promote dtypes in training."""
