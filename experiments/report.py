@@ -38,6 +38,7 @@ UNITS = {
     "bits_per_dim": Unit("- lower bound, test (bits/dim)", 1, 3),
     "bits_per_byte": Unit("test cross entropy (bits/byte)", 1, 3),
 }
+PLACES = ("--workdir=", "--config.data_dir=")  # of one machine; not kept
 FOOTNOTE = """\
 Last and best: mean ± standard deviation over n seeds. Epochs to plain's last: until the mean was
 first as good as that of the run `plain` was at its end. ms a step: all seeds together; median and
@@ -104,9 +105,14 @@ def read_all(workdirs: Sequence[Path]) -> list[History]:
 
 
 def short_names(runs: Sequence[Path]) -> list[str]:
-    """The names of directories, or where two are the same, their paths."""
+    """The names of directories without the parts that all share, or their paths, if not unique."""
     names = [run.resolve().name for run in runs]
-    return names if len(set(names)) == len(names) else list(map(str, runs))
+    shared = set.intersection(*(set(name.split("-")) for name in names))
+    short = ["-".join(part for part in name.split("-") if part not in shared) for name in names]
+    for candidates in (short, names):
+        if all(candidates) and len(set(candidates)) == len(candidates):
+            return candidates
+    return list(map(str, runs))
 
 
 def table(histories: Sequence[History]) -> str:
@@ -157,7 +163,7 @@ def conditions(histories: Sequence[History]) -> str:
 
 
 def results(histories: Sequence[History]) -> dict[str, Any]:
-    """What is kept of the runs."""
+    """What is kept of the runs: nothing that is of one machine's disk."""
 
     def curve(history: History) -> dict[str, Any]:
         return {
@@ -166,13 +172,14 @@ def results(histories: Sequence[History]) -> dict[str, Any]:
             "values": [[float(f"{x:.6g}") for x in row] for row in history.values],
         }
 
+    def about(history: History) -> dict[str, Any]:
+        kept = {k: history.about[k] for k in ("commit", "device", "versions", "data", "config")}
+        kept["config"] = {k: x for k, x in kept["config"].items() if k != "data_dir"}
+        arguments = [x for x in history.about["arguments"] if not x.startswith(PLACES)]
+        return {"command": " ".join(["python -m experiments.train", *arguments]), **kept}
+
     return {
-        history.name: {
-            "command": " ".join(["python -m experiments.train", *history.about["arguments"]]),
-            **{k: history.about[k] for k in ("commit", "device", "versions", "data", "config")},
-            "metric": history.unit.label,
-            **curve(history),
-        }
+        history.name: {**about(history), "metric": history.unit.label, **curve(history)}
         for history in histories
     }
 
@@ -207,7 +214,7 @@ def draw_norms(histories: Sequence[History], out: Path) -> None:
                 panel.plot(history.epoch, means, color=color, label=path)
             panel.set_yscale("log")
             panel.grid(alpha=0.3)
-        top.set_title(history.name)
+        top.set_title(history.name, fontsize=9)
         bottom.set_xlabel("epochs")
     panels[0, 0].set_ylabel("norm of v, mean over neurons")
     panels[1, 0].set_ylabel("step of v / norm of v")

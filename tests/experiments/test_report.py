@@ -16,7 +16,8 @@ from experiments.tasks.language import CharLm
 def write(workdir, variant, errors, seconds_per_step=0.01, **fields):
     """A run with an evaluation after 20 and after 40 steps, two epochs."""
     config = Config(task=Digits(), steps=40, **fields)
-    records.create(Run(config, workdir, variant, (f"--config=configs/digits.py:{variant}",)))
+    arguments = (f"--config=configs/digits.py:{variant}", f"--workdir={workdir}")
+    records.create(Run(config, workdir, variant, arguments))
     for i, per_seed in enumerate(errors, start=1):
         line = {"step": 20 * i, "epoch": float(i), "test_error": per_seed}
         times = {"seconds": 20 * i * seconds_per_step, "seconds_per_step": seconds_per_step}
@@ -73,6 +74,7 @@ def test_files_and_what_is_kept(runs, tmp_path, capsys):
     assert kept["plain"]["command"] == (
         "python -m experiments.train --config=configs/digits.py:plain"
     )
+    assert str(tmp_path) not in (out / "results.json").read_text()
     assert kept["plain"]["values"] == [[50.0, 5.0], [3.0, 5.0]]
     assert kept["weight_norm"]["seconds"] == [0.4, 0.8]
     assert {"commit", "device", "versions", "config"} <= set(kept["plain"])
@@ -114,3 +116,8 @@ def test_names_are_as_short_as_they_can_be():
     a, b, other = (report.Path(path) for path in ("a/plain", "b/plain/", "b/other"))
     assert report.short_names([a, other]) == ["plain", "other"]
     assert report.short_names([a, b]) == ["a/plain", "b/plain"]
+    rates = [report.Path(f"{name}-learning_rate=0.1") for name in ("plain", "weight_norm")]
+    assert report.short_names(rates) == ["plain", "weight_norm"]
+    rates = [report.Path(f"plain-learning_rate={rate}") for rate in (0.1, 0.3)]
+    assert report.short_names(rates) == ["learning_rate=0.1", "learning_rate=0.3"]
+    assert report.short_names([other]) == ["other"]
