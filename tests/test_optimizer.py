@@ -16,6 +16,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import wnjax
 from tests import toys
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 STEPS = 500
 AXES = {".*/kernel": 1, ".*/bias": None}
 
