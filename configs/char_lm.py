@@ -9,7 +9,7 @@ sources, so that numbers compare on one alone.
 Run:      python -m experiments.train --config=configs/char_lm.py:weight_norm_init
 Expect:   not measured yet
 Time:     not measured yet
-Sweep:    three learning rates for all variants.
+Sweep:    four learning rates for all variants.
 Variants: weight_norm_init, plain, weight_norm, layer_norm, weight_norm_layer_norm, smoke
 """
 

@@ -1,6 +1,7 @@
 """Training in a process of its own, which a signal may end.
 
-With END_AT=SIGNAL:STEP in its environment, the process sends itself the signal after that step.
+With END_AT=SIGNAL:STEP in its environment, the process sends itself the signal after that step,
+as soon as the checkpoint before it is whole, if there is one.
 """
 
 import os
@@ -29,18 +30,21 @@ def run(*arguments, cache, end_at=None, timeout=300):
 
 def end_at(name, step):
     """Sends the signal from within the loop, right after a step was given to the device."""
-    steps = train.Programs.steps
-    taken = [0]
+    steps, enter = train.Programs.steps, train.Checkpoints.__enter__
+    taken, saving = [0], []
 
     def counted(self, states):
         result = steps(self, states)
         taken[0] = taken[0] or int(result[1][0]) - self.config.steps_per_call
         taken[0] += self.config.steps_per_call
         if taken[0] == step:
+            for checkpoints in saving:
+                checkpoints._checkpointer.wait()
             os.kill(os.getpid(), getattr(signal, name))
         return result
 
     train.Programs.steps = counted
+    train.Checkpoints.__enter__ = lambda self: saving.append(self) or enter(self)
 
 
 if __name__ == "__main__":
