@@ -102,6 +102,7 @@ def test_a_batch_with_a_wrong_label(tmp_path):
         (gzip.compress(b"\0\0\x0d\x01\0\0\0\x02ab"), "is no IDX file of bytes"),
         (gzip.compress(b"\0\0\x08\x01\0\0\0\x03ab"), "has 2 values, not 3 as it says"),
     ],
+    ids=["cut off", "no gzip", "other type", "other length"],  # gzip's bytes hold the time of day
 )
 def test_damaged_idx_files(content, text, tmp_path):
     file = tmp_path / "images.gz"
