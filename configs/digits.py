@@ -38,7 +38,7 @@ def get_config(variant: str = "weight_norm") -> Config:
         "batch_size": 64,
         "steps": 400,
         "steps_per_eval": 20,
-        "steps_per_call": 20,
+        "steps_per_call": 10,
         "unroll": True,
         "evals_per_save": 10,
         "seeds": 3,

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
+import os
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import wnjax
 from experiments.config import Config
@@ -26,16 +29,27 @@ class Programs:
         """Puts the data on the devices; compiles nothing yet."""
         self.config, self.trainer = config, Trainer(config)
         self.count = len(next(iter(data.train.values())))  # of training examples
-        self.mesh = jax.make_mesh(
-            (config.devices,), ("data",), (AxisType.Auto,), devices=jax.devices()[: config.devices]
-        )
-        whole = self._whole = NamedSharding(self.mesh, PartitionSpec())
+        self.mesh = make_mesh(config)
+        whole = NamedSharding(self.mesh, PartitionSpec())
+        self._by_seed = NamedSharding(self.mesh, PartitionSpec("seeds"))
         self.train, self.test = (jax.device_put(dict(split), whole) for split in data)
-        over_seeds = partial(jax.vmap, in_axes=(0, None))
         self._init = jax.jit(self.trainer.init)
-        self._steps: Any = jax.jit(self._advance, donate_argnums=0, out_shardings=whole)
-        self._evaluate: Any = jax.jit(jax.vmap(self.trainer.evaluate, in_axes=(0, None, None)))
-        self._norms: Any = jax.jit(over_seeds(self.trainer.norms))
+        self._steps: Any = jax.jit(
+            self._over_seeds(self._advance, 1), donate_argnums=0, out_shardings=self._by_seed
+        )
+        self._evaluate: Any = jax.jit(self._over_seeds(self.trainer.evaluate, 2))
+        self._norms: Any = jax.jit(self._over_seeds(self.trainer.norms, 1))
+
+    def _over_seeds(self, function: Callable[..., Any], others: int) -> Callable[..., Any]:
+        """The function of a state and `others` that are the same for all, for stacked states."""
+        return jax.shard_map(
+            jax.vmap(function, in_axes=(0, *[None] * others)),
+            mesh=self.mesh,
+            in_specs=(PartitionSpec("seeds"), *[PartitionSpec()] * others),
+            out_specs=PartitionSpec("seeds"),
+            axis_names={"seeds"},
+            check_vma=False,
+        )
 
     def init(self) -> State:
         """The states of all seeds before the first step."""
@@ -43,7 +57,7 @@ class Programs:
         # One by one: side by side, initializers take twice as long to compile.
         each = [jax.device_get(self._init(jnp.int32(seed), self.train)) for seed in seeds]
         stacked: State = jax.tree.map(lambda *leaves: np.stack(leaves), *each)
-        states: State = jax.device_put(stacked, self._whole)
+        states: State = jax.device_put(stacked, self._by_seed)
         return states
 
     def compile(self, states: State) -> None:
@@ -57,9 +71,9 @@ class Programs:
         after: tuple[State, jax.Array] = self._steps(states, self.train)
         return after
 
-    def _advance(self, states: State, train: Dataset) -> tuple[State, jax.Array]:
-        states = jax.vmap(self.trainer.steps, in_axes=(0, None))(states, train)
-        return states, states.step
+    def _advance(self, state: State, train: Dataset) -> tuple[State, jax.Array]:
+        state = self.trainer.steps(state, train)
+        return state, state.step
 
     def metrics(self, states: State) -> Metrics:
         """The mean loss since the last evaluation, and the measures of the test set."""
@@ -91,3 +105,24 @@ class Programs:
 
         few = jax.tree.map(lambda x: x[:100], self.test)
         return self.config.task.pictures(apply, few)
+
+
+def use_cores(config: Config) -> None:
+    """On a CPU, a device for every seed and share of a batch: a convolution keeps one core busy.
+
+    To be called before JAX is used for the first time; a process that has used it keeps its
+    devices. The settings of JAX or XLA that say how many there are come first.
+    """
+    is_said = jax.config.jax_num_cpu_devices > 0
+    if not is_said and "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        jax.config.update("jax_num_cpu_devices", config.seeds * config.devices)
+
+
+def make_mesh(config: Config) -> Mesh:
+    """The seeds spread evenly over as many devices as there are, every batch over `devices`."""
+    most = jax.device_count() // config.devices
+    groups = max(n for n in range(1, config.seeds + 1) if config.seeds % n == 0 and n <= most)
+    shape = groups, config.devices
+    return jax.make_mesh(
+        shape, ("seeds", "data"), (AxisType.Auto,) * 2, devices=jax.devices()[: math.prod(shape)]
+    )
