@@ -47,7 +47,6 @@ SHORT = {
     "steps_per_eval": 100,
     "train_examples": 10_000,
     "seeds": 3,
-    "published": -1.0,
 }
 SMOKE = {
     "task": Cifar10(whiten=False, widths=(4, 4, 4)),
