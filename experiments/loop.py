@@ -20,7 +20,7 @@ from experiments.trainer import State
 
 
 class NotFiniteError(Exception):
-    """The loss became infinite or NaN; the message says at which step, and what the norms are."""
+    """A loss or an update is infinite or NaN; the message says at which step, and the norms."""
 
 
 class Loop:
@@ -91,8 +91,8 @@ class Loop:
             self._bar.set_postfix_str(describe(metrics))
 
     def _check(self, states: State) -> None:
-        """Stops a run whose loss is not finite, before its state is saved."""
-        failed = jax.device_get(states.failed)
+        """Stops a run that is not finite any more, before its state is evaluated or saved."""
+        failed = self.programs.first_failures(states)
         if (failed < 0).all():
             return
         first = np.where(failed < 0, failed.max() + 1, failed).argmin()
@@ -102,8 +102,8 @@ class Loop:
         )
         table = norms_table(self._norms, self.programs.norms(states))
         raise NotFiniteError(
-            f"the loss of seed {self.config.seed + first} is not finite at step {failed[first]}; "
-            f"{kept}. Norms at the last "
+            f"the loss or the update of seed {self.config.seed + first} is not finite at step "
+            f"{failed[first]}; {kept}. Norms at the last "
             f"evaluation (step {self._evaluated[1]}) and now:\n{table}\n"
             "Lower --config.optimizer.learning_rate, or set --config.optimizer.clip"
         )
@@ -111,10 +111,11 @@ class Loop:
     def _profile(self) -> None:
         """Begins and ends the profile, before a step and after the last one."""
         first, last = self.config.profile
-        if not self._profiling and first <= self.step < last:
+        is_within = self.step < last and first < self.step + self.config.steps_per_call
+        if is_within and not self._profiling:
             jax.profiler.start_trace(str(self.workdir / "profile"))
             self._profiling = True
-        elif self._profiling and (self.step >= last or self.interrupts.requested):
+        elif self._profiling and (not is_within or self.interrupts.requested):
             jax.profiler.stop_trace()
             self._profiling = False
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import os
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -11,11 +9,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 import wnjax
 from experiments.config import Config
 from experiments.datasets import Data
+from experiments.placement import make_mesh
 from experiments.trainer import Dataset, State, Trainer
 
 Metrics = dict[str, np.ndarray]  # by name; a value for every seed
@@ -39,6 +38,7 @@ class Programs:
         )
         self._evaluate: Any = jax.jit(self._over_seeds(self.trainer.evaluate, 2))
         self._norms: Any = jax.jit(self._over_seeds(self.trainer.norms, 1))
+        self._first_failures: Any = jax.jit(self._over_seeds(self.trainer.first_failure, 0))
 
     def _over_seeds(self, function: Callable[..., Any], others: int) -> Callable[..., Any]:
         """The function of a state and `others` that are the same for all, for stacked states."""
@@ -90,6 +90,10 @@ class Programs:
         found: Norms = jax.device_get(self._norms(states, self.train))
         return found
 
+    def first_failures(self, states: State) -> np.ndarray:
+        """`Trainer.first_failure` of all seeds."""
+        return np.asarray(jax.device_get(self._first_failures(states)))
+
     def pictures(self, states: State) -> dict[str, np.ndarray]:
         """What the task draws with the first network."""
         first = jax.tree.map(lambda x: x[0], states)
@@ -105,24 +109,3 @@ class Programs:
 
         few = jax.tree.map(lambda x: x[:100], self.test)
         return self.config.task.pictures(apply, few)
-
-
-def use_cores(config: Config) -> None:
-    """On a CPU, a device for every seed and share of a batch: a convolution keeps one core busy.
-
-    To be called before JAX is used for the first time; a process that has used it keeps its
-    devices. The settings of JAX or XLA that say how many there are come first.
-    """
-    is_said = jax.config.jax_num_cpu_devices > 0
-    if not is_said and "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-        jax.config.update("jax_num_cpu_devices", config.seeds * config.devices)
-
-
-def make_mesh(config: Config) -> Mesh:
-    """The seeds spread evenly over as many devices as there are, every batch over `devices`."""
-    most = jax.device_count() // config.devices
-    groups = max(n for n in range(1, config.seeds + 1) if config.seeds % n == 0 and n <= most)
-    shape = groups, config.devices
-    return jax.make_mesh(
-        shape, ("seeds", "data"), (AxisType.Auto,) * 2, devices=jax.devices()[: math.prod(shape)]
-    )

@@ -26,6 +26,7 @@ import numpy as np
 
 from experiments.command_line import Run
 from experiments.config import Config
+from experiments.placement import make_mesh
 
 PACKAGES = ("wnjax", "jax", "jaxlib", "flax", "optax", "chex", "numpy")
 COMPARED = ("config", "versions", "device", "data")  # what makes a run the same run
@@ -66,6 +67,7 @@ def about_run(config: Config) -> dict[str, Any]:
             "platform": device.platform,
             "kind": device.device_kind,
             "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores",
+            "mesh": dict(make_mesh(config).shape),
         },
         "data": config.task.provenance(Path(config.data_dir).expanduser()),
         "metric": config.task.metric,

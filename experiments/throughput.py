@@ -22,7 +22,8 @@ from flax.training.train_state import TrainState
 from experiments.command_line import ConfigError, parse
 from experiments.config import Config
 from experiments.datasets import Data, DataError
-from experiments.programs import Programs, use_cores
+from experiments.placement import claim_devices
+from experiments.programs import Programs
 from experiments.train import load
 from experiments.trainer import Trainer
 
@@ -108,7 +109,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         run = parse(arguments)
         config = dataclasses.replace(run.config, weight_norm=False, init_examples=0)
-        use_cores(config)
+        claim_devices(config)
         data = load(config)
     except (ConfigError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -25,7 +25,8 @@ from experiments.datasets import Data, DataError, Examples
 from experiments.interrupts import Interrupts
 from experiments.logs import log, log_to_stderr
 from experiments.loop import Loop, NotFiniteError
-from experiments.programs import Programs, use_cores
+from experiments.placement import claim_devices
+from experiments.programs import Programs
 from experiments.trainer import State
 
 
@@ -42,9 +43,7 @@ def train(run: Run) -> bool:
       NotFiniteError: if a loss is infinite or NaN. The last checkpoint is kept.
     """
     config, workdir = run.config, run.workdir
-    use_cores(config)
-    if config.devices > jax.device_count():
-        raise ConfigError(f"devices must be at most {jax.device_count()}, got {config.devices}")
+    claim_devices(config)
     if records.is_finished(run):
         log.info("%s is finished", workdir)
         return True

@@ -24,7 +24,8 @@ class State(NamedTuple):
     """Everything that changes in training; stacked over the seeds outside of `Trainer`."""
 
     step: jax.Array  # () int32: steps taken
-    key: jax.Array  # key data, of the order of the examples and of all noise
+    order: jax.Array  # data of the key of the order of examples
+    noise: jax.Array  # data of the key of all that is drawn in training
     params: Any  # with nodes where weight norm is on
     statistics: Any  # of batch norm; empty without
     optimizer: optax.OptState
@@ -47,26 +48,28 @@ class Trainer:
     def init(self, seed: jax.Array, train: Dataset) -> State:
         """The state of one network before its first step."""
         config, task = self.config, self.config.task
-        init_key, data_key, batch_key = jax.random.split(jax.random.key(seed), 3)
+        keys = jax.random.split(jax.random.key(seed), 5)
+        init_key, order_key, training_key, batch_key, noise_key = keys
         few = jax.tree.map(lambda x: x[:2], train)
-        rngs = {"params": init_key, **_rngs(batch_key)}
+        rngs = {"params": init_key, **_rngs(noise_key)}
         variables = self.network.init(rngs, task.inputs(few), train=True)
         params = variables.pop("params")
         if config.weight_norm:
-            axes = wnjax.neurons(self.forward, params, variables, few, batch_key, train=True)
+            axes = wnjax.neurons(self.forward, params, variables, few, noise_key, train=True)
             params = _scale_v(wnjax.weight_norm(params, axes), config.v_std)
         if config.init_examples:
             shape, n = (config.init_examples,), len(next(iter(train.values())))
             rows = jax.random.choice(batch_key, n, shape, replace=False)
             batch = jax.tree.map(lambda x: x[rows], train)
             params = wnjax.data_init(
-                *(self.forward, params, variables, batch, batch_key),
+                *(self.forward, params, variables, batch, noise_key),
                 train=True,
                 std=task.init_std or 1.0,
             )
         return State(
             step=jnp.int32(0),
-            key=jax.random.key_data(data_key),
+            order=jax.random.key_data(order_key),
+            noise=jax.random.key_data(training_key),
             params=params,
             statistics=variables,
             optimizer=self.optimizer.init(params),
@@ -94,7 +97,7 @@ class Trainer:
 
     def updates(self, state: State, batch: Batch) -> tuple[jax.Array, Any, Any, optax.OptState]:
         """What one step does: the loss, the new statistics, the updates, the optimizer's state."""
-        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.noise), state.step)
 
         def loss(params: Any) -> tuple[jax.Array, Any]:
             measures, statistics = self.measure(params, state.statistics, batch, key, train=True)
@@ -113,9 +116,8 @@ class Trainer:
             average = self.average.update(params, average)[1]
         is_first = state.step % self.config.steps_per_eval == 0  # since the last evaluation
         is_failure = (state.failed < 0) & ~jnp.isfinite(value)
-        return State(
+        return state._replace(
             step=state.step + 1,
-            key=state.key,
             params=params,
             statistics=statistics,
             optimizer=optimizer,
@@ -126,9 +128,8 @@ class Trainer:
 
     def steps(self, state: State, train: Dataset) -> State:
         """`steps_per_call` steps of one network."""
-        config, n = self.config, len(next(iter(train.values())))
-        key = jax.random.wrap_key_data(state.key)
-        indices = batch_indices(key, state.step, config.steps_per_call, config.batch_size, n)
+        config = self.config
+        indices = self.indices(state, train, config.steps_per_call)
 
         def step(state: State, rows: jax.Array) -> tuple[State, None]:
             return self.step(state, self.share(jax.tree.map(lambda x: x[rows], train))), None
@@ -136,6 +137,11 @@ class Trainer:
         if config.steps_per_call == 1:  # without a loop of one step
             return step(state, indices[0])[0]
         return jax.lax.scan(step, state, indices, unroll=config.unroll)[0]
+
+    def indices(self, state: State, train: Dataset, steps: int) -> jax.Array:
+        """Which examples the next so many steps take: (steps, batch size)."""
+        key, n = jax.random.wrap_key_data(state.order), len(next(iter(train.values())))
+        return batch_indices(key, state.step, steps, self.config.batch_size, n)
 
     def share(self, batch: Batch) -> Batch:
         """The batch, split over the devices."""
@@ -145,6 +151,11 @@ class Trainer:
             name: jax.lax.with_sharding_constraint(x, PartitionSpec("data"))
             for name, x in batch.items()
         }
+
+    def first_failure(self, state: State) -> jax.Array:
+        """() int32: the first step whose loss, or whose update, is not finite; -1 for none."""
+        finite = jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(state.params)]).all()
+        return jnp.where((state.failed < 0) & ~finite, state.step, state.failed)
 
     def weights(self, state: State) -> Any:
         """The parameters that are evaluated: the moving average, where there is one."""
@@ -169,9 +180,7 @@ class Trainer:
         The latter is ‖Δv‖/‖v‖ for the update that the next step would make: how far directions
         turn. Without weight norm, v is the weight itself and there is no g.
         """
-        key = jax.random.wrap_key_data(state.key)
-        n = len(next(iter(train.values())))
-        rows = batch_indices(key, state.step, 1, self.config.batch_size, n)[0]
+        rows = self.indices(state, train, 1)[0]
         batch = self.share(jax.tree.map(lambda x: x[rows], train))
         _, _, updates, _ = self.updates(state, batch)
         if self.config.weight_norm:

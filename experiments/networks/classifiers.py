@@ -68,6 +68,9 @@ class MLP(nn.Module):
 class ConvPoolCNN(nn.Module):
     """ConvPool-CNN-C: convolutions with leaky ReLU, max pooling and dropout, for 32x32 images.
 
+    As in `ConvNet`, convolutions have no bias where something with a bias follows: its gradient
+    would be rounding alone, of which Adam makes steps as large as any.
+
     Source: Salimans & Kingma 2016, https://arxiv.org/abs/1602.07868, section 5.1.
 
     Attributes:
@@ -112,7 +115,11 @@ class ConvPoolCNN(nn.Module):
         self, x: jax.Array, width: int, window: tuple[int, int], padding: str, train: bool
     ) -> jax.Array:
         conv = nn.Conv(
-            width, window, padding=padding, kernel_init=self.kernel_init, dtype=self.dtype
+            *(width, window),
+            padding=padding,
+            use_bias=self.norm is ActivationNorm.NONE,
+            kernel_init=self.kernel_init,
+            dtype=self.dtype,
         )
         x = normalize_activations(self.normalize(conv)(x), self.norm, train, self.dtype)
         return nn.leaky_relu(x, 0.1)

@@ -158,9 +158,19 @@ class Draw(nn.Module):
     dtype: Any = None
 
     def setup(self) -> None:
-        """The cell, and the first canvas."""
+        """The cell, and what the first glimpse is handed."""
         self.cell = Glimpse(self.units, self.latents, self.read, self.write, self.dtype)
-        self.canvas = self.param("canvas", nn.initializers.zeros, self.shape[:2])
+
+        def learned(name: str, *shape: int) -> jax.Array:
+            start: jax.Array = self.param(name, nn.initializers.zeros, shape)
+            return start
+
+        def state(name: str) -> tuple[jax.Array, jax.Array]:
+            c, h = (learned(f"{name}_{part}", self.units) for part in ("c", "h"))
+            return (c, h) if self.dtype is None else (c.astype(self.dtype), h.astype(self.dtype))
+
+        canvas = learned("canvas", *self.shape[:2])
+        self.start = Carry(canvas, state("encoder"), state("decoder"))
 
     def __call__(self, images: jax.Array, *, train: bool) -> Terms:
         """The terms of the lower bound, in nats per example, for images in [0, 1]."""
@@ -196,6 +206,5 @@ class Draw(nn.Module):
         return nn.scan(step, variable_broadcast="params", split_rngs=rngs, length=self.glimpses)
 
     def _start(self, number: int) -> Carry:
-        zeros = jnp.zeros((number, self.units), self.dtype or jnp.float32)
-        canvas = jnp.broadcast_to(self.canvas[None], (number, *self.canvas.shape))
-        return Carry(canvas, (zeros, zeros), (zeros, zeros))
+        start: Carry = jax.tree.map(lambda x: jnp.broadcast_to(x, (number, *x.shape)), self.start)
+        return start

@@ -88,7 +88,8 @@ class Decoder(nn.Module):
             for _ in range(self.blocks):
                 x = ResidualBlock(maps, self.dtype)(x)
             x = nn.elu(x)
-        return nn.Conv(channels, (3, 3), dtype=self.dtype, name="pixels")(x)
+        pixels = nn.Conv(channels, (3, 3), dtype=self.dtype, name="pixels")
+        return pixels(x).astype(jnp.float32)
 
 
 class BinaryVAE(nn.Module):
@@ -267,4 +268,4 @@ class HierarchicalVAE(nn.Module):
                 x, nats = self.stack[i][j].decode(x, below, self.make_rng("latent"))
                 kl = kl + nats
             x = self.grow[i](upsample(nn.elu(x)))
-        return (1 + self.pixels(nn.elu(x))) / 2, kl
+        return (1 + self.pixels(nn.elu(x)).astype(jnp.float32)) / 2, kl

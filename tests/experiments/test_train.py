@@ -136,11 +136,11 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys):
     arguments = [f"{DIGITS}:plain", *TINY, "--config.optimizer.learning_rate=1e30"]
     assert main([*arguments, f"--workdir={tmp_path}"]) == 2
     error = capsys.readouterr().err
-    assert re.search(r"error: the loss of seed 0 is not finite at step [234]; ", error)
+    step = re.search(r"the loss or the update of seed 0 is not finite at step ([234]); ", error)
     assert "Conv_1/kernel" in error
     assert "Lower --config.optimizer.learning_rate" in error
     with Checkpoints(tmp_path) as checkpoints:
-        assert checkpoints.latest() in (None, 2)  # none of the states after the failure
+        assert (checkpoints.latest() or 0) < int(step.group(1))
 
 
 @pytest.mark.parametrize("argument", ["--help", f"{DIGITS}:plian"])
