@@ -39,10 +39,12 @@ NORMS = {
 }
 NORMS["plain"]["init_examples"] = 500
 ADAM = Optimizer(name=Update.ADAM, learning_rate=0.001, late_momentum=0.5, decay_from=100 * EPOCH)
-# For a CPU: a sixth of the feature maps, a fifth of the images, and eight epochs; three seeds.
+# For a CPU: a sixth of the feature maps, a fifth of the images, eight epochs, three times the
+# learning rate, and three seeds. β₁ stays at 0.9: at 0.5, Adam's steps are 2.5 times as long where
+# gradients are mostly noise, which few steps into training makes networks diverge at this rate.
 SHORT = {
     "task": Cifar10(widths=(16, 32, 32)),
-    "optimizer": dataclasses.replace(ADAM, learning_rate=0.003, decay_from=400),
+    "optimizer": Optimizer(name=Update.ADAM, learning_rate=0.003, decay_from=400),
     "steps": 800,
     "steps_per_eval": 100,
     "train_examples": 10_000,

@@ -2,10 +2,13 @@
 
 run.json        the resolved config and what of it the command line set, package versions, Python,
                 device, and the commit of the source
-metrics.jsonl   one JSON object a line, for every evaluation: step, epoch, seconds, and a list over
-                the seeds for every metric
+metrics.jsonl   one JSON object a line, for every evaluation: step, epoch, seconds,
+                seconds_per_step, a list over the seeds for every metric, and for every weight
+                its norms
 checkpoints/    the last states
 pictures/       what the task draws after the last step
+profile/        of the steps that --config.profile names
+tensorboard/    the metrics once more, if --config.tensorboard is set
 outcome.txt     the last and the best evaluation, when all is done
 """
 
@@ -30,10 +33,15 @@ from experiments.placement import make_mesh
 
 PACKAGES = ("wnjax", "jax", "jaxlib", "flax", "optax", "chex", "numpy")
 COMPARED = ("config", "versions", "device", "data")  # what makes a run the same run
+NOT_COMPARED = ("data_dir", "evals_per_save", "profile", "tensorboard", "published")  # no numbers
 
 
 class RecordError(Exception):
     """A run directory cannot be used; the message says why and what to do."""
+
+
+class NoMetricsError(RecordError):
+    """A run has not come to its first evaluation."""
 
 
 def create(run: Run) -> None:
@@ -50,11 +58,11 @@ def create(run: Run) -> None:
         return
     try:
         workdir.mkdir(parents=True, exist_ok=True)
+        (workdir / "metrics.jsonl").write_text("")
+        about |= {"variant": run.variant, "arguments": list(run.arguments), "commit": commit()}
+        (workdir / "run.json").write_text(json.dumps(about, indent=2) + "\n")
     except OSError as error:
-        raise RecordError(f"{workdir} cannot be made: {error}") from error
-    about |= {"variant": run.variant, "arguments": list(run.arguments), "commit": commit()}
-    (workdir / "metrics.jsonl").write_text("")
-    (workdir / "run.json").write_text(json.dumps(about, indent=2) + "\n")
+        raise RecordError(f"{workdir} cannot be made: {error}; choose another --workdir") from error
 
 
 def about_run(config: Config) -> dict[str, Any]:
@@ -117,14 +125,15 @@ def _flatten(about: dict[str, Any]) -> dict[str, Any]:
         parts = (walk(f"{prefix}.{name}", inner) for name, inner in value.items())
         return {name: inner for part in parts for name, inner in part.items()}
 
-    return {k: v for part in COMPARED for k, v in walk(part, about.get(part, {})).items()}
+    found = {k: v for part in COMPARED for k, v in walk(part, about.get(part, {})).items()}
+    return {k: v for k, v in found.items() if k.removeprefix("config.") not in NOT_COMPARED}
 
 
 def rewind(workdir: Path, step: int) -> float:
     """Drops the metrics of later steps, and a line that was cut off while it was written.
 
     Returns:
-      The seconds that the run had taken at `step`.
+      The seconds that the run had taken at the last evaluation that is left.
     """
     file, kept = workdir / "metrics.jsonl", []
     for line in file.read_text().splitlines():
@@ -147,7 +156,12 @@ def is_finished(run: Run) -> bool:
     except RecordError:
         return False
     same = _flatten(about) == _flatten(about_run(run.config))
-    return same and (run.workdir / "outcome.txt").is_file()
+    return same and has_outcome(run.workdir)
+
+
+def has_outcome(workdir: Path) -> bool:
+    """Whether a run in this directory was marked as finished."""
+    return (workdir / "outcome.txt").is_file()
 
 
 def finish(workdir: Path, outcome: str) -> None:
@@ -175,7 +189,9 @@ def read_about(workdir: Path) -> dict[str, Any]:
     try:
         about: dict[str, Any] = json.loads((workdir / "run.json").read_text())
     except (FileNotFoundError, NotADirectoryError):
-        raise RecordError(f"{workdir} holds no run (it has no run.json)") from None
+        raise RecordError(
+            f"{workdir} holds no run (it has no run.json); choose another directory"
+        ) from None
     except json.JSONDecodeError as error:
         raise RecordError(f"{workdir / 'run.json'} cannot be read: {error}") from error
     if "config" not in about:
@@ -187,7 +203,8 @@ def read_metrics(workdir: Path) -> list[dict[str, Any]]:
     """The lines of the metrics.
 
     Raises:
-      RecordError: if there are none, or one is no JSON.
+      NoMetricsError: if there are none.
+      RecordError: if the file is not there, or a line is no JSON.
     """
     file = workdir / "metrics.jsonl"
     try:
@@ -195,7 +212,7 @@ def read_metrics(workdir: Path) -> list[dict[str, Any]]:
     except (FileNotFoundError, json.JSONDecodeError) as error:
         raise RecordError(f"{file} cannot be read: {error}") from error
     if not lines:
-        raise RecordError(f"{workdir} has no metrics yet")
+        raise NoMetricsError(f"{workdir} has no metrics yet")
     return lines
 
 

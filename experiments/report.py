@@ -22,6 +22,7 @@ import numpy as np
 from tabulate import tabulate
 
 from experiments import records
+from experiments.logs import log, log_to_stderr
 
 
 class Unit(NamedTuple):
@@ -41,9 +42,9 @@ UNITS = {
 PLACES = ("--workdir=", "--config.data_dir=")  # of one machine; not kept
 FOOTNOTE = """\
 Last and best: mean ± standard deviation over n seeds. Epochs to plain's last: until the mean was
-first as good as that of the run `plain` was at its end. ms a step: all seeds together; median and
-quartiles. The runs were timed one after the other: on a busy machine, differences of a fifth
-are noise."""
+first as good as that of the plain run (the best of several) was at its end. ms a step: all
+seeds together; median and quartiles. The runs were timed one after the other: on a busy machine,
+differences of a fifth are noise."""
 
 
 class History(NamedTuple):
@@ -64,9 +65,15 @@ class History(NamedTuple):
         return UNITS[self.about["metric"]]
 
     @property
-    def variant(self) -> str:
-        """The name of the variant, without what marks a shortened protocol."""
-        return str(self.about["variant"]).removesuffix("_short")
+    def is_plain(self) -> bool:
+        """Whether it trained the network that the others are compared with."""
+        return self.about["variant"] in ("plain", "plain_short")
+
+    @property
+    def title(self) -> str:
+        """The name, with a mark if the run did not get to its end."""
+        last, steps = self.step[-1], self.about["config"]["steps"]
+        return self.name if last == steps else f"{self.name} (step {last} of {steps})"
 
 
 def read(workdir: Path, name: str) -> History:
@@ -93,12 +100,20 @@ def read(workdir: Path, name: str) -> History:
 
 
 def read_all(workdirs: Sequence[Path]) -> list[History]:
-    """All histories, with names as short as they can be.
+    """All histories, with names as short as they can be; runs without an evaluation are left out.
 
     Raises:
-      RecordError: for a directory without a run, or if runs have different metrics.
+      RecordError: for a directory without a run, if there is no evaluation at all, or if runs have
+        different metrics.
     """
-    histories = list(map(read, workdirs, short_names(workdirs)))
+    histories = []
+    for workdir, name in zip(workdirs, short_names(workdirs), strict=True):
+        try:
+            histories.append(read(workdir, name))
+        except records.NoMetricsError as error:
+            log.warning("left out: %s", error)
+    if not histories:
+        raise records.RecordError("none of the runs has metrics yet")
     if len(metrics := {history.about["metric"] for history in histories}) > 1:
         raise records.RecordError(f"runs have different metrics: {', '.join(sorted(metrics))}")
     return histories
@@ -117,7 +132,8 @@ def short_names(runs: Sequence[Path]) -> list[str]:
 
 def table(histories: Sequence[History]) -> str:
     """One line a run, as Markdown."""
-    plain = next((history for history in histories if history.variant == "plain"), None)
+    all_plain = [history for history in histories if history.is_plain]
+    plain = min(all_plain, key=lambda history: history.values[-1].mean(), default=None)
     unit = histories[0].unit
     rows = []
     for history in histories:
@@ -125,7 +141,7 @@ def table(histories: Sequence[History]) -> str:
         published = history.about["config"]["published"]
         rows.append(
             (
-                history.name,
+                history.title,
                 history.values.shape[1],
                 f"{history.epoch[-1]:.4g}",
                 records.mean_and_std(history.values[-1], unit.decimals),
@@ -190,7 +206,7 @@ def draw_curves(histories: Sequence[History], out: Path) -> None:
     for panel, label in zip(panels, ("epochs", "seconds of training"), strict=True):
         for history in histories:
             x = history.epoch if label == "epochs" else history.seconds
-            panel.plot(x, history.values.mean(axis=1), label=history.name)
+            panel.plot(x, history.values.mean(axis=1), label=history.title)
             panel.fill_between(x, history.values.min(axis=1), history.values.max(axis=1), alpha=0.2)
         panel.set(xlabel=label, yscale="log")
         panel.grid(alpha=0.3, which="both")
@@ -224,19 +240,25 @@ def draw_norms(histories: Sequence[History], out: Path) -> None:
 
 
 def draw_learning_rates(histories: Sequence[History], out: Path) -> bool:
-    """The last metric over the learning rate, a line a variant; False if runs have only one."""
-    variants: dict[str, dict[float, np.ndarray]] = {}
+    """The last metric over the learning rate, a line for runs that differ in nothing else.
+
+    Returns:
+      Whether it was drawn: not, if no runs differ in the learning rate.
+    """
+    lines: dict[str, list[History]] = {}
     for history in histories:
-        rate = history.about["config"]["optimizer"]["learning_rate"]
-        variants.setdefault(history.variant, {})[rate] = history.values[-1]
-    if all(len(rates) < 2 for rates in variants.values()):
+        config = history.about["config"]
+        but_rate = {**config, "optimizer": {**config["optimizer"], "learning_rate": None}}
+        lines.setdefault(json.dumps(but_rate, sort_keys=True), []).append(history)
+    if all(len(line) < 2 for line in lines.values()):
         return False
     figure, panel = plt.subplots(figsize=(6, 4), layout="constrained")
-    for variant, rates in variants.items():
+    for line in lines.values():
+        rates = {one.about["config"]["optimizer"]["learning_rate"]: one.values[-1] for one in line}
         x = sorted(rates)
         means = [rates[rate].mean() for rate in x]
         deviations = [rates[rate].std(ddof=1) if len(rates[rate]) > 1 else 0 for rate in x]
-        panel.errorbar(x, means, deviations, marker="o", capsize=3, label=variant)
+        panel.errorbar(x, means, deviations, marker="o", capsize=3, label=line[0].about["variant"])
     panel.set(xscale="log", xlabel="learning rate", ylabel=f"last {histories[0].unit.label}")
     panel.grid(alpha=0.3, which="both")
     panel.legend()
@@ -251,6 +273,7 @@ def _save(figure: Any, out: Path) -> None:
 
 def main(arguments: Sequence[str]) -> int:
     """Runs the command line and returns its exit status."""
+    log_to_stderr()
     parser = argparse.ArgumentParser(
         prog="python -m experiments.report",
         description=__doc__,

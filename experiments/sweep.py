@@ -3,7 +3,8 @@
 `def sweep()` in a config file yields a dict for every run: fields by their dotted names, and
 "variant". All of them are checked before anything is printed or run. Without --run the commands
 are printed, one a line. With it they are run one after the other; finished runs are skipped, those
-that were interrupted go on, and one that fails does not stop the others.
+that were interrupted go on, and one that fails does not stop the others. SIGTERM and Ctrl-C are
+passed on to the run, which saves its state, and end the sweep.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ import importlib.util
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from experiments import records
 from experiments.command_line import ConfigError, Run, parse, shell_value
+from experiments.interrupts import Interrupts
 from experiments.logs import log, log_to_stderr
 
 USAGE = f"""\
@@ -25,8 +28,9 @@ usage: python -m experiments.sweep --config=FILE[:VARIANT] [--config.FIELD=VALUE
            [--workdir=DIR] [--run]
 
 {__doc__}
-VARIANT leaves that variant's runs. FIELD=VALUE holds for all runs. Results go to
-DIR/<variant>-<field>=<value>-..., DIR being runs/<name of the file>."""
+VARIANT leaves that variant's runs. FIELD=VALUE holds for all runs, in place of what the sweep
+says of the field. Results go to DIR/<variant>-<field>=<value>-..., DIR being runs/<name of the
+file>."""
 
 
 class Entry(NamedTuple):
@@ -47,6 +51,7 @@ def entries(arguments: Sequence[str]) -> list[Entry]:
       ConfigError: if the file has no sweep, or for the first run that does not parse, or if two
         runs are the same.
     """
+    arguments = _joined(arguments)
     named = [argument for argument in arguments if argument.startswith("--config=")]
     if len(named) != 1:
         raise ConfigError("--config=FILE is missing, such as --config=configs/digits.py")
@@ -59,6 +64,17 @@ def entries(arguments: Sequence[str]) -> list[Entry]:
     if twice := {str(one) for one in directories if directories.count(one) > 1}:
         raise ConfigError(f"the sweep of {name} has a run twice: {', '.join(sorted(twice))}")
     return found
+
+
+def _joined(arguments: Sequence[str]) -> list[str]:
+    """--flag=VALUE for each --flag VALUE."""
+    found: list[str] = []
+    for argument in arguments:
+        if found and found[-1].startswith("-") and "=" not in found[-1] and argument[0] != "-":
+            found[-1] += f"={argument}"
+        else:
+            found.append(argument)
+    return [f"--{argument.lstrip('-')}" for argument in found]
 
 
 def _sweep(name: str, only: str) -> Iterable[Mapping[str, Any]]:
@@ -77,7 +93,12 @@ def _sweep(name: str, only: str) -> Iterable[Mapping[str, Any]]:
 
 
 def _entry(name: str, changes: Mapping[str, Any], common: Sequence[str], folder: Path) -> Entry:
-    fields = {field: shell_value(value) for field, value in changes.items() if field != "variant"}
+    set_for_all = {argument.partition("=")[0] for argument in common}
+    fields = {
+        field: shell_value(value)
+        for field, value in changes.items()
+        if field != "variant" and f"--config.{field}" not in set_for_all
+    }
     variant = changes.get("variant", "")
     short = [f"{field.rsplit('.', maxsplit=1)[-1]}={value}" for field, value in fields.items()]
     workdir = folder / "-".join([variant or "default", *short])
@@ -91,24 +112,34 @@ def _entry(name: str, changes: Mapping[str, Any], common: Sequence[str], folder:
 
 
 def execute(sweep: Sequence[Entry]) -> list[str]:
-    """Runs what is not finished, each in a process of its own; returns the commands that failed."""
-    failed = []
-    for i, entry in enumerate(sweep, start=1):
-        if records.is_finished(entry.run):
-            log.info("%d of %d: finished before: %s", i, len(sweep), entry.run.workdir)
-            continue
-        log.info("%d of %d: %s", i, len(sweep), entry.command())
-        status = train_apart(entry.arguments)
-        if status or not records.is_finished(entry.run):
-            log.info("%d of %d: failed or stopped (exit status %d)", i, len(sweep), status)
-            failed.append(entry.command())
-    return failed
+    """Runs all, each in a process of its own; returns the commands that did not finish.
+
+    A run that was finished before says so and ends. The processes alone use JAX: an accelerator
+    may serve one process at a time.
+    """
+    unfinished = []
+    with Interrupts() as interrupts:
+        for i, entry in enumerate(sweep, start=1):
+            status = 0
+            if not interrupts.requested:
+                log.info("%d of %d: %s", i, len(sweep), entry.command())
+                status = train_apart(entry.arguments, interrupts)
+            if status or not records.has_outcome(entry.run.workdir):
+                log.info("%d of %d: not finished (exit status %d)", i, len(sweep), status)
+                unfinished.append(entry.command())
+    return unfinished
 
 
-def train_apart(arguments: Sequence[str]) -> int:
+def train_apart(arguments: Sequence[str], interrupts: Interrupts) -> int:
     """Runs experiments.train in a process of its own; returns its exit status."""
     command = [sys.executable, "-m", "experiments.train", *arguments]
-    return subprocess.run(command, check=False).returncode
+    # In a session of its own a process does not get the terminal's Ctrl-C as well.
+    with subprocess.Popen(command, start_new_session=True) as process:
+        while process.poll() is None and not interrupts.requested:
+            time.sleep(0.1)
+        if interrupts.requested:
+            process.terminate()
+        return process.wait()
 
 
 def main(arguments: Sequence[str]) -> int:

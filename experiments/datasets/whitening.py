@@ -58,10 +58,13 @@ def fit_once(images: np.ndarray, folder: Path) -> Whitening:
             return Whitening(arrays["mean"], arrays["matrix"])
     log.info("fitting the whitening to %d images, once: %s", len(images), file)
     whitening = fit(images)
-    folder.mkdir(parents=True, exist_ok=True)
     part = file.with_suffix(".part.npz")
-    np.savez(part, **whitening._asdict())
-    part.replace(file)  # whole, or not there
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        np.savez(part, **whitening._asdict())
+        part.replace(file)  # whole, or not there
+    except OSError as error:  # of a folder that others may only read, say
+        log.info("it cannot be kept for the next time: %s", error)
     return whitening
 
 

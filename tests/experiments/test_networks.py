@@ -136,14 +136,18 @@ def test_generative_networks(name):
     assert len(neurons) == len(kernels)
 
     def draw(method, argument):
-        def apply(params):
-            return network.apply({"params": params}, argument, method=method, rngs=RNGS)
+        """The shape and dtype of pictures of the network that computes in bfloat16."""
 
-        return jax.eval_shape(apply, params).shape
+        def apply(params):
+            half = network.clone(dtype=jnp.bfloat16)
+            return half.apply({"params": params}, argument, method=method, rngs=RNGS)
+
+        pictures = jax.eval_shape(apply, params)
+        return pictures.shape, pictures.dtype
 
     steps = (3,) if name == "draw" else ()
-    assert draw("sample", 5) == (*steps, 5, *shape)
-    assert draw("reconstruct", images) == (*steps, 4, *shape)
+    assert draw("sample", 5) == ((*steps, 5, *shape), jnp.float32)
+    assert draw("reconstruct", images) == ((*steps, 4, *shape), jnp.float32)
 
 
 def _decisions(axes):

@@ -4,7 +4,9 @@ import dataclasses
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+from jax.sharding import Mesh
 
 from experiments import records
 from experiments.command_line import Run
@@ -89,6 +91,22 @@ def test_another_version_is_another_run(tmp_path):
         records.create(run(tmp_path))
 
 
+def test_what_changes_no_number_may_be_another(tmp_path):
+    records.create(run(tmp_path))
+    others = {"data_dir": "elsewhere", "evals_per_save": 7, "profile": (1, 3)}
+    config = dataclasses.replace(CONFIG, **others, tensorboard=True, published=0.5)
+    records.create(run(tmp_path, config))
+    assert records.read_about(tmp_path)["config"]["evals_per_save"] == 1  # as it was begun
+
+
+def test_how_the_seeds_were_spread_is_part_of_a_run(tmp_path, monkeypatch):
+    records.create(run(tmp_path))
+    assert records.read_about(tmp_path)["device"]["mesh"] == {"seeds": 1, "data": 1}
+    monkeypatch.setattr(records, "make_mesh", lambda config: Mesh(np.array([[1, 2]]), ("s", "d")))
+    with pytest.raises(records.RecordError, match=r"device.mesh.d: None there, 2 here"):
+        records.create(run(tmp_path))
+
+
 def test_the_commit_does_not_make_it_another_run(tmp_path, monkeypatch):
     records.create(run(tmp_path))
     monkeypatch.setattr(records, "commit", lambda: "another")
@@ -101,7 +119,7 @@ def test_other_directories_and_files_are_refused(tmp_path):
         records.create(run(tmp_path))
     with pytest.raises(records.RecordError, match="is not a directory; choose another"):
         records.create(run(tmp_path / "notes.txt"))
-    with pytest.raises(records.RecordError, match="cannot be made"):
+    with pytest.raises(records.RecordError, match=r"cannot be made: .*; choose another"):
         records.create(run(tmp_path / "notes.txt" / "run"))
     assert (tmp_path / "notes.txt").read_text() == "mine"
 

@@ -15,7 +15,7 @@ from experiments.tasks.language import CharLm
 
 def write(workdir, variant, errors, seconds_per_step=0.01, **fields):
     """A run with an evaluation after 20 and after 40 steps, two epochs."""
-    config = Config(task=Digits(), steps=40, **fields)
+    config = Config(task=Digits(), **{"steps": 40, **fields})
     arguments = (f"--config=configs/digits.py:{variant}", f"--workdir={workdir}")
     records.create(Run(config, workdir, variant, arguments))
     for i, per_seed in enumerate(errors, start=1):
@@ -98,9 +98,50 @@ def test_learning_rates_are_drawn_where_there_are_several(tmp_path):
     assert (tmp_path / "report/learning_rates.png").stat().st_size > 5000
 
 
+def test_other_fields_make_another_line(tmp_path, monkeypatch):
+    lines = []
+    monkeypatch.setattr(report, "_save", lambda figure, out: lines.extend(figure.axes[0].lines))
+    rates = [(0.1, 40), (0.3, 40), (0.3, 80)]
+    found = []
+    for rate, steps in rates:
+        optimizer = Optimizer(learning_rate=rate)
+        workdir = write(
+            tmp_path / f"{rate}-{steps}", "plain", [[0.1, 0.3]], optimizer=optimizer, steps=steps
+        )
+        found.append(report.read(workdir, workdir.name))
+    assert report.draw_learning_rates(found, tmp_path / "picture.png")
+    points = [line.get_xydata().tolist() for line in lines if line.get_label() == "_nolegend_"]
+    assert [[0.1, 20.0], [0.3, 20.0]] in points
+    assert [[0.3, 20.0]] in points
+    assert not report.draw_learning_rates(found[1:], tmp_path / "picture.png")
+
+
+def test_runs_that_did_not_get_far(runs, tmp_path, capsys):
+    """One stopped after its first evaluation, one before it."""
+    begun = write(tmp_path / "begun", "batch_norm", [[0.5, 0.5]])
+    empty = write(tmp_path / "empty", "mean_only", [])
+    assert report.main([*map(str, [*runs, begun, empty]), f"--out={tmp_path / 'report'}"]) == 0
+    out, err = capsys.readouterr()
+    assert "| begun (step 20 of 40) |" in out
+    assert "| plain " in out
+    assert "left out: " in err
+    assert "empty has no metrics yet" in err
+    assert report.main([str(empty), f"--out={tmp_path / 'report'}"]) == 2
+    assert "none of the runs has metrics yet" in capsys.readouterr().err
+
+
+def test_the_best_plain_run_is_what_others_are_compared_with(runs, tmp_path):
+    worse = write(tmp_path / "worse", "plain", [[0.6, 0.6], [0.5, 0.5]], seed=1)
+    for order in ([worse, *runs], [*runs, worse]):
+        lines = report.table(report.read_all(order)).splitlines()[2:]
+        reached = {cells(line)[0]: cells(line)[6] for line in lines}
+        assert reached == {"plain": "2", "weight_norm": "1", "worse": "never"}
+
+
 def test_a_directory_without_a_run(tmp_path, capsys):
     assert report.main([str(tmp_path)]) == 2
-    assert capsys.readouterr().err == f"error: {tmp_path} holds no run (it has no run.json)\n"
+    text = f"error: {tmp_path} holds no run (it has no run.json); choose another directory\n"
+    assert capsys.readouterr().err == text
 
 
 def test_runs_with_different_metrics(runs, tmp_path, capsys):

@@ -1,10 +1,14 @@
 """Sweeps: every entry parses, commands are whole, failures do not stop the others."""
 
 import shlex
+import subprocess
+import sys
+import time
 
 import pytest
 
 from experiments import records, sweep, train
+from experiments.checkpoints import Checkpoints
 from experiments.command_line import ConfigError, parse
 from tests.experiments.test_config import CONFIGS
 
@@ -66,11 +70,21 @@ def test_one_variant_and_fields_for_all(file):
     assert str(found[0].run.workdir) == "runs/small/a-seed=0"
 
 
-def test_runs_finished_ones_are_skipped_and_failures_reported(file, tmp_path, capsys, monkeypatch):
-    """The second of three fails once; asked again, only that one is run."""
+def test_fields_for_all_come_before_what_the_sweep_says(file):
+    (found,) = sweep.entries([f"--config={file}:b", "--config.optimizer.learning_rate", "2"])
+    assert found.run.config.optimizer.learning_rate == 2
+    assert str(found.run.workdir) == "runs/small/b"
+    with pytest.raises(ConfigError, match="has a run twice: runs/small/a"):
+        sweep.entries(["--config", f"{file}:a", "--config.seed=7"])
+    (found,) = sweep.entries(["-config", f"{file}:b", "--workdir", "some/where"])
+    assert str(found.run.workdir) == "some/where/b-learning_rate=0.5"
+
+
+def test_finished_runs_are_left_alone_and_failures_reported(file, tmp_path, capsys, monkeypatch):
+    """The second of three fails once."""
     ran, broken = [], ["a-seed=1"]
 
-    def in_this_process(arguments):
+    def in_this_process(arguments, interrupts):
         name = parse(arguments).workdir.name
         ran.append(name)
         return 2 if name in broken else train.main(arguments)
@@ -82,11 +96,34 @@ def test_runs_finished_ones_are_skipped_and_failures_reported(file, tmp_path, ca
     assert "1 of 3 runs did not finish:\n  python -m experiments.train" in out
     assert "--config.seed=1" in out.split("did not finish:")[1]
     assert ran == ["a-seed=0", "a-seed=1", "b-learning_rate=0.5"]
+    first = (tmp_path / "out/a-seed=0/outcome.txt").stat().st_mtime_ns
     broken.clear()
     assert sweep.main(arguments) == 0
-    assert ran[3:] == ["a-seed=1"]
+    assert (tmp_path / "out/a-seed=0/outcome.txt").stat().st_mtime_ns == first
     assert "all 3 runs are finished" in capsys.readouterr().out
     assert records.read_metrics(tmp_path / "out/a-seed=1")[-1]["step"] == 2
+
+
+def test_a_sweep_that_is_asked_to_stop_saves_its_run(file, tmp_path):
+    """As a scheduler does it: SIGTERM to the sweep alone, while its first run trains."""
+    file.write_text(FILE.replace("steps=2, steps_per_eval=2", "steps=10**6, steps_per_eval=2"))
+    workdir = tmp_path / "out/a-seed=0"
+    command = [sys.executable, "-W", "ignore", "-m", "experiments.sweep", f"--config={file}:a"]
+    command += [f"--workdir={tmp_path / 'out'}", "--run"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 120
+        metrics = workdir / "metrics.jsonl"
+        while not (metrics.is_file() and metrics.read_text()):
+            assert time.monotonic() < deadline
+            assert process.poll() is None
+            time.sleep(0.1)
+        process.terminate()
+        out, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert out.count("\n  python -m experiments.train ") == 2  # what is to be run still
+    assert f"stopped; the same command goes on: {workdir}" in out
+    with Checkpoints(workdir) as checkpoints:
+        assert checkpoints.latest() >= 2
 
 
 @pytest.mark.parametrize(

@@ -7,13 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import SingleDeviceSharding
 
 from experiments import records, report
 from experiments.checkpoints import Checkpoints
 from experiments.command_line import parse
 from experiments.datasets import DataError
-from experiments.programs import Programs
 from experiments.train import load, main
+from experiments.trainer import Trainer
 from tests.experiments import processes
 from tests.experiments.test_config import CASES, CONFIGS
 
@@ -31,14 +32,23 @@ def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")
 
 
-def outcome(arguments, workdir):
-    """The metrics of a run without its times, and its last checkpoint."""
+def metrics(workdir):
+    """All but the times."""
     lines = records.read_metrics(workdir)
-    metrics = [{k: v for k, v in line.items() if "seconds" not in k} for line in lines]
+    return [{k: v for k, v in line.items() if "seconds" not in k} for line in lines]
+
+
+def assert_same_outcome(arguments, workdir, other):
+    """The same metrics and the same last state, bit for bit."""
+    assert metrics(workdir) == metrics(other)
     config = parse(arguments).config
-    with Checkpoints(workdir) as checkpoints:
-        state = checkpoints.restore(Programs(config, load(config)).init())
-    return metrics, jax.tree.map(np.asarray, state)
+    init = jax.vmap(Trainer(config).init, in_axes=(0, None))
+    states = jax.eval_shape(init, jnp.zeros(config.seeds, jnp.int32), dict(load(config).train))
+    here = SingleDeviceSharding(jax.devices()[0])
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), states)
+    with Checkpoints(workdir) as one, Checkpoints(other) as another:
+        assert one.latest() == another.latest() == config.steps
+        jax.tree.map(np.testing.assert_array_equal, one.restore(like), another.restore(like))
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if "digits" in case])
@@ -57,28 +67,27 @@ def test_every_variant_of_the_digits_runs_and_leaves_a_record(case, tmp_path, ca
 def test_an_interrupted_run_ends_as_one_that_was_not(cache, tmp_path):
     """Killed while it trains, killed again, then asked to stop between two evaluations."""
     smoke = (f"{DIGITS}:smoke", "--config.steps=20", "--config.steps_per_eval=4")
-    smoke += ("--config.evals_per_save=1",)
+    smoke += ("--config.evals_per_save=1", "--config.steps_per_call=2")
     whole = processes.run(*smoke, f"--workdir={tmp_path / 'whole'}", cache=cache)
     assert whole.returncode == 0, whole.stderr
     again = (*smoke, f"--workdir={tmp_path / 'again'}")
-    for end_at, status in (("SIGKILL:3", -9), ("SIGKILL:10", -9), ("SIGTERM:13", 0)):
+    for end_at, status in (("SIGKILL:2", -9), ("SIGKILL:10", -9), ("SIGTERM:14", 0)):
         done = processes.run(*again, cache=cache, end_at=end_at)
         assert done.returncode == status, done.stderr
     assert "going on from step 8" in done.stderr
     assert done.stdout.startswith("stopped; the same command goes on: ")
     last = processes.run(*again, cache=cache)
     assert last.returncode == 0, last.stderr
-    assert "going on from step 13" in last.stderr
+    assert "going on from step 14" in last.stderr
     assert (
         last.stdout.split(" after ")[0]
         == whole.stdout.replace("whole", "again").split(" after ")[0]
     )
-    (metrics, state), (metrics_again, state_again) = (
-        outcome(smoke, tmp_path / name) for name in ("whole", "again")
-    )
-    assert metrics == metrics_again
-    assert [line["step"] for line in metrics] == [4, 8, 12, 16, 20]
-    jax.tree.map(np.testing.assert_array_equal, state, state_again)
+    assert_same_outcome(smoke, tmp_path / "whole", tmp_path / "again")
+    steps = [line["step"] for line in records.read_metrics(tmp_path / "again")]
+    assert steps == [4, 8, 12, 16, 20]
+    # A device for each of the two seeds, though this machine has one CPU.
+    assert records.read_about(tmp_path / "whole")["device"]["mesh"] == {"seeds": 2, "data": 1}
     runs = [str(tmp_path / name) for name in ("whole", "again")]
     assert report.main([*runs, f"--out={tmp_path / 'report'}"]) == 0
 
@@ -89,14 +98,17 @@ OTHERS = [path for path in CONFIGS if path.stem != "digits"]  # which is done ab
 @pytest.mark.parametrize("path", OTHERS, ids=lambda path: path.stem)
 def test_every_smoke_variant_trains_is_killed_resumes_and_reports(path, cache, data_dir, tmp_path):
     arguments = (f"--config={path}:smoke", f"--config.data_dir={data_dir}")
+    whole = processes.run(*arguments, f"--workdir={tmp_path / 'whole'}", cache=cache)
+    assert whole.returncode == 0, whole.stderr
     arguments += (f"--workdir={tmp_path / 'run'}",)
     killed = processes.run(*arguments, cache=cache, end_at="SIGKILL:3")
     assert killed.returncode == -9, killed.stderr
     done = processes.run(*arguments, cache=cache)
     assert done.returncode == 0, done.stderr
     assert "going on from step 2" in done.stderr
-    metrics = [line["step"] for line in records.read_metrics(tmp_path / "run")]
-    assert metrics == list(range(2, metrics[-1] + 1, 2))
+    assert_same_outcome(arguments, tmp_path / "whole", tmp_path / "run")
+    steps = [line["step"] for line in records.read_metrics(tmp_path / "run")]
+    assert steps == list(range(2, steps[-1] + 1, 2))
     assert report.main([str(tmp_path / "run"), f"--out={tmp_path / 'report'}"]) == 0
     assert (tmp_path / "report/curves.png").stat().st_size > 5000
     if "vae" in path.stem or "draw" in path.stem:
@@ -121,7 +133,7 @@ def test_the_command_line_learns_digits(cache, tmp_path):
     """As a user runs it: another process, the whole way to a low test error."""
     done = processes.run(
         *(f"{DIGITS}:weight_norm", "--config.steps=120", "--config.seeds=1"),
-        *("--config.steps_per_call=1", f"--workdir={tmp_path}"),
+        f"--workdir={tmp_path}",
         cache=cache,
     )
     assert done.returncode == 0, done.stderr
@@ -186,7 +198,8 @@ def test_data_that_cannot_be_had(tmp_path, capsys, monkeypatch):
 
 
 def test_profile_and_tensorboard(tmp_path):
-    arguments = [f"{DIGITS}:plain", *TINY, "--config.profile=(1,3)", "--config.tensorboard=true"]
+    arguments = [f"{DIGITS}:plain", *TINY, "--config.profile=(1,2)", "--config.tensorboard=true"]
+    arguments += ["--config.steps_per_call=2"]  # a profile has whole calls
     assert main([*arguments, f"--workdir={tmp_path}"]) == 0
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
     events = list((tmp_path / "tensorboard").iterdir())
