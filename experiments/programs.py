@@ -15,6 +15,7 @@ import wnjax
 from experiments.config import Config
 from experiments.datasets import Data
 from experiments.placement import make_mesh
+from experiments.tasks import Measures
 from experiments.trainer import Dataset, State, Trainer
 
 Metrics = dict[str, np.ndarray]  # by name; a value for every seed
@@ -36,7 +37,7 @@ class Programs:
         self._steps: Any = jax.jit(
             self._over_seeds(self._advance, 1), donate_argnums=0, out_shardings=self._by_seed
         )
-        self._evaluate: Any = jax.jit(self._over_seeds(self.trainer.evaluate, 2))
+        self._evaluate: Any = jax.jit(self._over_seeds(self._evaluate_after, 2), keep_unused=True)
         self._norms: Any = jax.jit(self._over_seeds(self.trainer.norms, 1))
         self._first_failures: Any = jax.jit(self._over_seeds(self.trainer.first_failure, 0))
 
@@ -63,7 +64,8 @@ class Programs:
     def compile(self, states: State) -> None:
         """Compiles what is called again and again, before anything is timed."""
         self._steps = self._steps.lower(states, self.train).compile()
-        self._evaluate = self._evaluate.lower(states, self.test, jnp.int32(0)).compile()
+        start = states, states.loss
+        self._evaluate = self._evaluate.lower(start, self.test, jnp.int32(0)).compile()
         self._norms = self._norms.lower(states, self.train).compile()
 
     def steps(self, states: State) -> tuple[State, jax.Array]:
@@ -75,11 +77,23 @@ class Programs:
         state = self.trainer.steps(state, train)
         return state, state.step
 
+    def _evaluate_after(
+        self, state: tuple[State, jax.Array], test: Dataset, number: jax.Array
+    ) -> Measures:
+        """Takes a result of the call before as well, so that calls come one after the other.
+
+        Side by side on several devices of a CPU they would wait for each other for ever: some
+        devices in the all-reduce of one call, the others in that of another.
+        """
+        return self.trainer.evaluate(state[0], test, number)
+
     def metrics(self, states: State) -> Metrics:
         """The mean loss since the last evaluation, and the measures of the test set."""
         count = len(next(iter(self.test.values())))
-        numbers = range(-(-count // self.config.batch_size))
-        sums = [self._evaluate(states, self.test, jnp.int32(number)) for number in numbers]
+        sums, after = [], states.loss
+        for number in range(-(-count // self.config.batch_size)):
+            sums.append(self._evaluate((states, after), self.test, jnp.int32(number)))
+            after = sums[-1]["loss"]
         test = {f"test_{name}": sum(one[name] for one in sums) / count for name in sums[0]}
         loss = states.loss / self.config.steps_per_eval
         metrics: Metrics = jax.device_get({"loss": loss, **test})

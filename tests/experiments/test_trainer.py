@@ -12,6 +12,7 @@ from experiments.config import VARIANTS, Config, Optimizer, Update
 from experiments.datasets import Data
 from experiments.datasets.digits import digits
 from experiments.networks.layers import ActivationNorm
+from experiments.placement import make_mesh
 from experiments.programs import Programs
 from experiments.tasks.classification import Digits
 from experiments.trainer import Trainer
@@ -75,14 +76,32 @@ def test_the_loss_begins_anew_after_an_evaluation(data):
     assert losses[2] < losses[1]
 
 
-@pytest.mark.parametrize("unroll", [False, True])
-def test_seeds_side_by_side_equal_runs_of_their_own(unroll, data):
+@pytest.mark.parametrize(
+    ("devices", "groups", "unroll"), [(1, 2, True), (2, 2, False), (8, 1, False)]
+)
+def test_seeds_side_by_side_equal_runs_of_their_own(devices, groups, unroll, data):
+    """Spread over the eight devices, with one for each or several, or together on all."""
+    programs = Programs(dataclasses.replace(SMALL, unroll=unroll, seeds=2, devices=devices), data)
+    assert dict(programs.mesh.shape) == {"seeds": groups, "data": devices}
+    with jax.set_mesh(programs.mesh):
+        both, _ = programs.steps(programs.init())
+        error = programs.metrics(both)["test_error"]
     trainer = Trainer(dataclasses.replace(SMALL, unroll=unroll))
-    alone = [begin(trainer, data, seed) for seed in (0, 1)]
-    steps = jax.jit(jax.vmap(trainer.steps, in_axes=(0, None)))
-    both = steps(jax.tree.map(lambda *states: jnp.stack(states), *alone), data.train)
-    second = jax.jit(trainer.steps)(alone[1], data.train)
-    jax.tree.map(lambda a, b: close(a[1], b), both.params, second.params)
+    for seed in (0, 1):
+        alone = jax.jit(trainer.steps)(begin(trainer, data, seed), data.train)
+        jax.tree.map(lambda x, a, seed=seed: close(x[seed], a), both.params, alone.params)
+        sums = [jax.jit(trainer.evaluate)(alone, data.test, i)["error"] for i in range(45)]
+        np.testing.assert_allclose(error[seed], sum(sums) / 360, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("seeds", "devices", "shape"),
+    [(3, 1, (3, 1)), (6, 2, (3, 2)), (5, 3, (1, 3)), (9, 1, (3, 1)), (1, 8, (1, 8))],
+)
+def test_seeds_are_spread_evenly_over_eight_devices(seeds, devices, shape):
+    mesh = make_mesh(dataclasses.replace(SMALL, seeds=seeds, devices=devices, batch_size=24))
+    assert mesh.devices.shape == shape
+    assert len(set(mesh.devices.flat)) == mesh.size
 
 
 def test_programs_use_their_states_up_and_are_traced_once(data, monkeypatch):
