@@ -42,7 +42,7 @@ SHORT = {
     "ema_decay": 1 - 1 / (2 * 120),
 }
 SMOKE = {
-    "task": MnistVae(maps=(2, 4), blocks=1, units=8, latents=2),
+    "task": MnistVae(maps=(4,), blocks=1, units=8, latents=2),
     **WEIGHT_NORM,
     "init_examples": 100,
     "batch_size": 8,

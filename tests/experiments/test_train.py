@@ -16,7 +16,7 @@ from experiments.datasets import DataError
 from experiments.train import load, main
 from experiments.trainer import Trainer
 from tests.experiments import processes
-from tests.experiments.test_config import CASES, CONFIGS
+from tests.experiments.test_config import CONFIGS
 
 DIGITS = "--config=configs/digits.py"
 TINY = ["--config.steps=4", "--config.steps_per_eval=2", "--config.steps_per_call=1"]
@@ -51,9 +51,9 @@ def assert_same_outcome(arguments, workdir, other):
         jax.tree.map(np.testing.assert_array_equal, one.restore(like), another.restore(like))
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if "digits" in case])
-def test_every_variant_of_the_digits_runs_and_leaves_a_record(case, tmp_path, capsys):
-    assert main([case, *TINY, f"--workdir={tmp_path / 'run'}"]) == 0
+@pytest.mark.parametrize("variant", ["plain", "batch_norm", "weight_norm_mean_only"])
+def test_a_run_leaves_a_record(variant, tmp_path, capsys):
+    assert main([f"{DIGITS}:{variant}", *TINY, f"--workdir={tmp_path / 'run'}"]) == 0
     assert capsys.readouterr().out.startswith("run: test_error ")
     lines = records.read_metrics(tmp_path / "run")
     assert [line["step"] for line in lines] == [2, 4]
