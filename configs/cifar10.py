@@ -9,10 +9,13 @@ rate falling linearly to 0 and β₁ from 0.9 to 0.5 from epoch 100 on. Gains an
 
 Run:      python -m experiments.train --config=configs/cifar10.py:weight_norm_init
 Expect:   published test errors in %: plain 8.43, weight_norm_init 8.46, batch_norm 8.05, mean_only
-          8.52, weight_norm_mean_only 7.31. Ours: not
-          measured yet.
-Time:     not measured yet
-Sweep:    the paper's four learning rates for all variants.
+          8.52, weight_norm_mean_only 7.31. We have not trained these at length. Ours with the
+          shortened protocol, on pixels re-encoded as JPEG: plain_short 53.9 ± 1.3,
+          weight_norm_init_short 54.7 ± 3.4, batch_norm_short 46.0 ± 0.8, mean_only_short
+          48.0 ± 2.0, weight_norm_mean_only_short 49.5 ± 1.5.
+Time:     8 min for a short variant, three seeds, on 2 CPU cores (x86-64, jax 0.10.2); a step of
+          the whole network takes seconds there
+Sweep:    the paper's four learning rates for the variants of its table.
 Variants: weight_norm_init, plain, weight_norm, batch_norm, mean_only, weight_norm_mean_only,
           weight_norm_init_short, plain_short, weight_norm_short, batch_norm_short,
           mean_only_short, weight_norm_mean_only_short, smoke
