@@ -24,7 +24,7 @@ class Board:
         if workdir is None:
             return
         try:
-            from tensorboardX import SummaryWriter  # noqa: PLC0415 - an extra
+            from tensorboardX import SummaryWriter  # noqa: PLC0415 - an extra: imported only where it is asked for
         except ImportError as error:
             raise ConfigError(
                 "tensorboard=True needs a package: pip install tensorboardX"

@@ -74,9 +74,9 @@ def parse(arguments: Sequence[str]) -> Run:
       ConfigError: for an unknown field, variant, flag or file, a bad value, or anything
         that is left over.
     """
-    config_argument = _config_argument(arguments)
-    _check_names(arguments, _read(config_argument)[0] if config_argument else None)
-    config, leftover, values = _read(list(arguments))
+    named, others = _split(arguments)
+    _check_names(arguments, _read(named)[0] if named else None)
+    config, leftover, values = _read([*named, *others])  # ml_collections wants the file first
     if leftover:
         raise ConfigError(f"leftover arguments {leftover}: fields are set by --config.FIELD=VALUE")
     name, _, variant = config_flags.get_config_filename(values["config"]).partition(":")
@@ -85,14 +85,13 @@ def parse(arguments: Sequence[str]) -> Run:
     return Run(config, Path(workdir), variant, tuple(arguments))
 
 
-def _config_argument(arguments: Sequence[str]) -> list[str] | None:
-    """The arguments that name the config file, without what is set in it."""
+def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The arguments that name the config file, and those that set fields or flags."""
     for i, argument in enumerate(arguments):
-        if argument.lstrip("-").startswith("config="):
-            return [argument]
-        if argument.lstrip("-") == "config":
-            return list(arguments[i : i + 2])
-    return None
+        if argument.lstrip("-").partition("=")[0] == "config":
+            end = i + 1 if "=" in argument else i + 2
+            return list(arguments[i:end]), [*arguments[:i], *arguments[end:]]
+    return [], list(arguments)
 
 
 def _read(arguments: Sequence[str]) -> tuple[Config, list[str], flags.FlagValues]:

@@ -67,6 +67,7 @@ class Programs:
         start = states, states.loss
         self._evaluate = self._evaluate.lower(start, self.test, jnp.int32(0)).compile()
         self._norms = self._norms.lower(states, self.train).compile()
+        self._first_failures = self._first_failures.lower(states).compile()
 
     def steps(self, states: State) -> tuple[State, jax.Array]:
         """`steps_per_call` steps. The states are used up; the second result tells when they end."""

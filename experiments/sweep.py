@@ -70,11 +70,13 @@ def _joined(arguments: Sequence[str]) -> list[str]:
     """--flag=VALUE for each --flag VALUE."""
     found: list[str] = []
     for argument in arguments:
-        if found and found[-1].startswith("-") and "=" not in found[-1] and argument[0] != "-":
+        if argument.startswith("-"):
+            found.append(f"--{argument.lstrip('-')}")
+        elif found and found[-1].startswith("-") and "=" not in found[-1]:
             found[-1] += f"={argument}"
         else:
             found.append(argument)
-    return [f"--{argument.lstrip('-')}" for argument in found]
+    return found
 
 
 def _sweep(name: str, only: str) -> Iterable[Mapping[str, Any]]:

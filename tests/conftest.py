@@ -1,13 +1,8 @@
 """Settings that every test runs under: eight virtual CPU devices, nothing promoted silently."""
 
-import gc
-
 import jax
 import pytest
 
-# Tracing leaves many objects that stay: looking through them as often as Python does by default
-# took a tenth of the time.
-gc.set_threshold(200_000, 50, 100)
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_platforms", "cpu")
 # LLVM's optimizations would take much of the time; the tests of exact numbers do compile with them.

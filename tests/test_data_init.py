@@ -18,6 +18,7 @@ from experiments.networks.transformer import Transformer
 from tests import toys, traced_layers, traced_layers_flax, traced_layers_nested
 
 LAYERS = traced_layers.CASES | traced_layers_flax.CASES | traced_layers_nested.CASES
+# It warns of few samples a neuron, which small batches have; the tests of the warnings catch them.
 pytestmark = pytest.mark.filterwarnings("ignore:data_init")
 
 

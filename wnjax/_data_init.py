@@ -69,7 +69,7 @@ class Initialized:
         return f"{self.action}{bias}, {self.samples:,} samples a neuron{constant}"
 
 
-def data_init(  # noqa: PLR0913 - options of one call
+def data_init(  # noqa: PLR0913 - all but fn and params are options, by name
     fn: Callable[..., Any],
     params: chex.ArrayTree,
     *args: Any,

@@ -167,7 +167,7 @@ class Draw(nn.Module):
 
         def state(name: str) -> tuple[jax.Array, jax.Array]:
             c, h = (learned(f"{name}_{part}", self.units) for part in ("c", "h"))
-            return (c, h) if self.dtype is None else (c.astype(self.dtype), h.astype(self.dtype))
+            return jnp.asarray(c, self.dtype), jnp.asarray(h, self.dtype)
 
         canvas = learned("canvas", *self.shape[:2])
         self.start = Carry(canvas, state("encoder"), state("decoder"))

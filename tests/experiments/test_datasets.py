@@ -197,6 +197,16 @@ def test_whitened_pixels_are_uncorrelated(tmp_path):
     assert len(list(tmp_path.iterdir())) == 2  # other images, another file
 
 
+def test_whitening_that_cannot_be_kept_is_fitted_all_the_same(tmp_path, caplog):
+    file = tmp_path / "file"
+    file.touch()
+    images = np.arange(48, dtype=np.uint8).reshape(6, 2, 2, 2)
+    with caplog.at_level("INFO"):
+        found = whitening.fit_once(images, file / "folder")
+    np.testing.assert_array_equal(found.matrix, whitening.fit(images).matrix)
+    assert "it cannot be kept for the next time: " in caplog.text
+
+
 def test_text_is_cut_into_pieces_that_overlap_by_a_byte(tmp_path):
     for i in range(10):
         (tmp_path / f"{i}.py").write_bytes(bytes(range(10 * i, 10 * i + 10)))

@@ -60,6 +60,7 @@ def plain_losses(problems):
 
 
 def build(name, problem):
+    # PyTorch alone is no dependency of the tests: it takes gigabytes. CI installs it.
     if not IMPLEMENTATIONS[name].is_installed():
         pytest.skip(f"{IMPLEMENTATIONS[name].package} is not installed")
     return IMPLEMENTATIONS[name].build(problem)

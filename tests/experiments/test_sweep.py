@@ -76,6 +76,10 @@ def test_fields_for_all_come_before_what_the_sweep_says(file):
     assert str(found.run.workdir) == "runs/small/b"
     with pytest.raises(ConfigError, match="has a run twice: runs/small/a"):
         sweep.entries(["--config", f"{file}:a", "--config.seed=7"])
+    with pytest.raises(ConfigError, match="learning_rate=: could not convert"):
+        sweep.entries([f"--config={file}:b", "--config.optimizer.learning_rate", ""])
+    with pytest.raises(ConfigError, match=r"leftover arguments \['b'\]"):
+        sweep.entries([f"--config={file}", "--config.seed=7", "b"])
     (found,) = sweep.entries(["-config", f"{file}:b", "--workdir", "some/where"])
     assert str(found.run.workdir) == "some/where/b-learning_rate=0.5"
 

@@ -44,6 +44,10 @@ def begin(trainer, data, seed=0):
     return STARTS[key](jnp.int32(seed), data.train)
 
 
+def first_batch(data):
+    return {name: x[:8] for name, x in data.train.items()}
+
+
 def close(a, b):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
@@ -74,6 +78,20 @@ def test_the_loss_begins_anew_after_an_evaluation(data):
         losses.append(float(state.loss))
     assert losses[1] > losses[0] > 0  # a sum of two
     assert losses[2] < losses[1]
+
+
+def test_the_first_failure_is_a_loss_or_an_update_that_is_not_finite(data):
+    trainer = Trainer(SMALL)
+    start = begin(trainer, data)
+    state = start._replace(step=jnp.int32(7))
+    assert trainer.first_failure(state) == -1
+    assert trainer.first_failure(state._replace(failed=jnp.int32(3))) == 3
+    spoilt = jax.tree.map(lambda x: x.at[(0,) * x.ndim].set(jnp.nan), start.params)
+    one = {**start.params, "Dense_0": spoilt["Dense_0"]}  # the loss before it was finite
+    assert trainer.first_failure(state._replace(params=one)) == 7
+    assert trainer.first_failure(state._replace(params=one, failed=jnp.int32(3))) == 3
+    after = jax.jit(trainer.step)(start._replace(params=one), first_batch(data))
+    assert after.failed == 1
 
 
 @pytest.mark.parametrize(
