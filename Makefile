@@ -29,11 +29,11 @@ types: .venv/ready ## mypy over wnjax/ and experiments/
 	$(BIN)/mypy
 
 check: .venv/ready ## doctests and tests only
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 --dist worksteal
 
 test-newest: .venv-newest/ready ## doctests and tests on the newest Python found, with the newest JAX
 	$(NEWEST)/python -c "import jax, flax, sys; print('Python', sys.version.split()[0], 'jax', jax.__version__, 'flax', flax.__version__)"
-	$(NEWEST)/pytest -n 2
+	$(NEWEST)/pytest -n 2 --dist worksteal
 
 format: .venv/ready ## let ruff mend what it can
 	$(BIN)/ruff check --fix .

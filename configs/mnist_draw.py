@@ -20,10 +20,10 @@ from experiments.tasks.images import MnistDraw
 
 EPOCH = 468  # steps, of 128 images
 NORMS = {"plain": {}, "weight_norm": {"weight_norm": True, "v_std": 0.05}}
-# For a CPU: eight glimpses, a quarter of the units, a fifth of the images.
+# For a CPU: eight glimpses, a quarter of the units, a fifth of the images, sixty epochs.
 SHORT = {
     "task": MnistDraw(glimpses=8, units=64, latents=16),
-    "steps": 20 * 100,
+    "steps": 60 * 100,
     "steps_per_eval": 100,
     "train_examples": 12_800,
     "test_examples": 2_048,

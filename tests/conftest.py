@@ -1,5 +1,7 @@
 """Settings that every test runs under: eight virtual CPU devices, nothing promoted silently."""
 
+import tempfile
+
 import jax
 import pytest
 
@@ -7,6 +9,12 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_platforms", "cpu")
 # LLVM's optimizations would take much of the time; the tests of exact numbers do compile with them.
 jax.config.update("jax_disable_most_optimizations", True)
+# Many cases come down to one program: containers and transforms differ, what is computed does not.
+# A cache for each process, since JAX does not write its files atomically.
+PROGRAMS = tempfile.TemporaryDirectory(prefix="wnjax-tests-")
+jax.config.update("jax_compilation_cache_dir", PROGRAMS.name)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 @pytest.fixture(autouse=True)
