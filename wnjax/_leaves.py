@@ -53,10 +53,11 @@ def _with_axis_names(box: Any, names: Any) -> Any:
     return box.replace(metadata=box.metadata | {"out_sharding": names})
 
 
-def _names_on(names: Any, axes: Collection[int]) -> Any:
+def names_on(names: Any, axes: Collection[int]) -> Any:
     """`names` (a tuple, PartitionSpec or NamedSharding) with None on all but `axes`."""
     if isinstance(names, NamedSharding):
-        return NamedSharding(names.mesh, _names_on(names.spec, axes))
+        spec = names_on(names.spec, axes)
+        return NamedSharding(names.mesh, spec, memory_kind=names.memory_kind)
     kept = tuple(name if axis in axes else None for axis, name in enumerate(names))
     return PartitionSpec(*kept) if isinstance(names, PartitionSpec) else kept
 
@@ -70,7 +71,7 @@ def box_node(box: Any, node: Node, feature_axes: Collection[int]) -> Any:
     names = _axis_names(box)
     if not names:
         return rebox(box, node)
-    gain_box = _with_axis_names(box, _names_on(names, feature_axes))
+    gain_box = _with_axis_names(box, names_on(names, feature_axes))
     return type(node)(rebox(gain_box, node[0]), rebox(box, node.v))
 
 

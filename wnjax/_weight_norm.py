@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections.abc import Collection
 from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from wnjax._axes import Axes, Neuron, NotNeuron, canonical_axes, decide
 from wnjax._leaves import (
@@ -16,6 +18,7 @@ from wnjax._leaves import (
     flatten,
     listing,
     map_leaves,
+    names_on,
     outer_box,
     rebox,
     unbox,
@@ -23,8 +26,11 @@ from wnjax._leaves import (
 )
 from wnjax._nodes import (
     LogWeightNorm,
+    Node,
     WeightNorm,
+    fan_in_axes,
     in_range,
+    norm_dtype,
     root,
     sum_of_squares,
     weight,
@@ -51,10 +57,13 @@ def weight_norm(
     Where ‖w‖² under- or overflows (in float32: ‖w‖ below 3.2e-16 or above 1.8e19),
     v is w divided by its largest element, and g still ‖w‖.
 
+    Shards stay where they are: g has v's sharding on the feature axes, and is replicated over the
+    fan-in axes. Inside `shard_map` keep the fan-in axes whole.
+
     Args:
-      params: any pytree of arrays: dict, FrozenDict, `nnx.State`, Equinox module, with
-        or without Flax boxes. Containers, boxes and all other leaves are kept. A box that
-        names axes (`nn.Partitioned`, NNX `out_sharding`) is put around g and around v,
+      params: any pytree of arrays, or of their `jax.ShapeDtypeStruct`s: dict, FrozenDict,
+        `nnx.State`, Equinox module, with or without Flax boxes. Containers, boxes and all
+        other leaves are kept. A box that names axes (`nn.Partitioned`, NNX `out_sharding`) is put around g and around v,
         with None for the names of the fan-in axes around g; NNX's filters then see no
         `Param` there, so filter before.
       axes: which leaves are weights, and their feature axes (all axes but those that
@@ -120,8 +129,10 @@ def fold(tree: chex.ArrayTree) -> chex.ArrayTree:
     under- or overflows (in float32: ‖v‖ below 3.2e-16 or above 1.8e19), w and all its
     derivatives are 0, never NaN.
 
-    Inside `shard_map`, keep the fan-in axes whole: the norm of a shard is not the norm.
-    Under `jit` with sharded arrays every axis may be sharded.
+    Under `jit` with sharded arrays every axis may be sharded. Inside `shard_map` too, given the
+    shards of both g and v: where v varies over a mesh axis and g does not, that axis splits the
+    fan-in axes, and sums go over all of it. (`check_vma=False` hides that: keep fan-in axes whole
+    there.)
 
     Args:
       tree: any pytree, with or without nodes; what is no node is returned as it is. That
@@ -149,6 +160,9 @@ def fold_leaf(path: str, leaf: Any) -> Any:
     if node is None:
         return rebox(leaf, unbox(leaf))
     try:
+        if isinstance(node.v, jax.ShapeDtypeStruct):
+            fan_in_axes(node)  # checks that the shapes fit each other
+            return rebox(outer_box(leaf), node.v)
         return rebox(outer_box(leaf), weight(node))
     except ValueError as error:
         raise ValueError(f"{path or 'the node'}: {error}") from error
@@ -157,6 +171,8 @@ def fold_leaf(path: str, leaf: Any) -> Any:
 def _normalize(path: str, box: Any, leaf: Any, feature_axes: Any, log_scale: bool) -> Any:
     check_floating(path, leaf)
     features = canonical_axes(path, leaf, feature_axes)
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return box_node(box, _abstract(leaf, features, log_scale), features)
     # A copy of a numpy array, which its owner may write to.
     g, v = split(path, leaf if isinstance(leaf, jax.Array) else jnp.array(leaf), features)
     if not log_scale:
@@ -164,6 +180,16 @@ def _normalize(path: str, box: Any, leaf: Any, feature_axes: Any, log_scale: boo
     _check_no_zeros(path, g)
     log_g = jnp.log(jnp.maximum(g, jnp.finfo(g.dtype).tiny))  # weight decay makes NaN of -inf
     return box_node(box, LogWeightNorm(log_g, v), features)
+
+
+def _abstract(w: jax.ShapeDtypeStruct, features: Collection[int], log_scale: bool) -> Node:
+    """The node of a weight of which only shape, dtype and sharding are known."""
+    shape = tuple(size if axis in features else 1 for axis, size in enumerate(w.shape))
+    sharding = w.sharding
+    if isinstance(sharding, NamedSharding | PartitionSpec):
+        sharding = names_on(sharding, features)
+    g = jax.ShapeDtypeStruct(shape, norm_dtype(w.dtype), sharding=sharding)
+    return LogWeightNorm(g, w) if log_scale else WeightNorm(g, w)
 
 
 def check_floating(path: str, leaf: Any) -> None:

@@ -1,0 +1,342 @@
+"""Weights spread over devices: nothing is gathered, and shards give what the whole gives."""
+
+import math
+import re
+from functools import partial
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding
+
+import wnjax
+
+P = jax.P
+AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
+# Of a (64, 32) weight: what its spec leaves of that of its gain, and the gains on a device.
+LAYOUTS = {
+    "features": (P(None, "tensor"), P(None, "tensor"), 16),
+    "fan-in": (P("fsdp", None), P(None, None), 32),
+    "both": (P("fsdp", "tensor"), P(None, "tensor"), 16),
+    "fan-in over two": (P(("data", "fsdp"), "tensor"), P(None, "tensor"), 16),
+}
+layouts = pytest.mark.parametrize("layout", LAYOUTS)
+axis_types = pytest.mark.parametrize("axis_type", [AUTO, EXPLICIT], ids=["auto", "explicit"])
+
+
+@pytest.fixture
+def mesh(axis_type):
+    """Eight devices: 2 x 2 x 2."""
+    mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(axis_type,) * 3)
+    with jax.set_mesh(mesh):
+        yield mesh
+
+
+def normal(*shape, seed=0):
+    return jax.random.normal(jax.random.key(seed), shape, jnp.float32)
+
+
+def put(x, spec):
+    return jax.device_put(x, NamedSharding(jax.sharding.get_mesh(), spec))
+
+
+def collectives(fn, *args):
+    """What a compiled function sends between devices: (operation, numbers) for every array."""
+    text = jax.jit(fn).lower(*args).compile().as_text()
+    pattern = (
+        r"= (.+?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)"
+        r"(?:-start)?\("
+    )
+    return sorted(
+        (operation, math.prod(int(size) for size in shape.split(",") if size))
+        for arrays, operation in re.findall(pattern, text)
+        for shape in re.findall(r"\w+\[([\d,]*)\]", arrays)
+    )
+
+
+def same_layout(x, spec):
+    return x.sharding.is_equivalent_to(NamedSharding(x.sharding.mesh, spec), x.ndim)
+
+
+def step(optimizer):
+    """One update, with gradients that are a function of the weights."""
+
+    def fn(params, state):
+        with jax.numpy_dtype_promotion("standard"):  # for optax
+            grads = jax.tree.map(jnp.sin, params)
+            updates, state = optimizer.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    return fn
+
+
+OPTIMIZERS = {
+    "weight_normalized": wnjax.weight_normalized(optax.adam(0.1)),
+    "keep_norms": optax.chain(optax.adam(0.1), wnjax.keep_norms()),
+}
+
+
+@layouts
+@axis_types
+@pytest.mark.parametrize("jitted", [False, True])
+def test_gains_have_the_sharding_of_their_features(mesh, layout, jitted):
+    spec, gain_spec, _ = LAYOUTS[layout]
+    params = {"kernel": put(normal(64, 32), spec)}
+    jit = jax.jit if jitted else lambda fn: fn
+    nodes = jit(wnjax.weight_norm)(params)
+    assert same_layout(nodes["kernel"].v, spec)
+    assert same_layout(nodes["kernel"].g, gain_spec)
+    assert same_layout(jit(wnjax.fold)(nodes)["kernel"], spec)
+    for name, x in jit(wnjax.norms)(nodes)["kernel"].items():
+        assert same_layout(x, gain_spec), name
+
+
+@layouts
+@axis_types
+def test_optimizer_states_are_sharded_as_the_weights_are(mesh, layout):
+    spec, gain_spec, _ = LAYOUTS[layout]
+    params = {"kernel": put(normal(64, 32), spec)}
+    optimizer = OPTIMIZERS["weight_normalized"]
+    params, state = jax.jit(step(optimizer))(params, optimizer.init(params))
+    assert same_layout(params["kernel"], spec)
+    assert same_layout(state.lengths["kernel"].g, gain_spec)
+    for moment in (state.inner[0].mu, state.inner[0].nu):
+        assert same_layout(moment["kernel"].v, spec)
+        assert same_layout(moment["kernel"].g, gain_spec)
+
+
+@layouts
+@axis_types
+def test_only_sums_of_split_fan_in_axes_are_sent(mesh, layout):
+    """And they are one number a neuron; nothing is sent where the fan-in axes are whole."""
+    spec, _, gains = LAYOUTS[layout]
+    params = {"kernel": put(normal(64, 32), spec)}
+    nodes = wnjax.weight_norm(params)
+
+    def gradient(nodes):
+        return jax.grad(lambda nodes: jnp.sum(jnp.sin(wnjax.fold(nodes)["kernel"])))(nodes)
+
+    programs = [(wnjax.weight_norm, params), (wnjax.fold, nodes), (gradient, nodes)]
+    programs += [(wnjax.norms, nodes)]
+    programs += [(step(o), params, o.init(params)) for o in OPTIMIZERS.values()]
+    expected = set() if layout == "features" else {("all-reduce", gains)}
+    for fn, *args in programs:
+        assert set(collectives(fn, *args)) == expected
+
+
+def mlp(params, x):
+    """Two layers."""
+    return nn.relu(x @ params["up"] + params["bias"][None]) @ params["down"]
+
+
+# The specs of its parameters, and the neurons on a device of weights with split fan-in axes.
+MODELS = {
+    "tensor": ((P(None, "tensor"), P("tensor"), P("tensor", None)), [32]),
+    "fsdp": ((P("fsdp", None), P(None), P(None, "fsdp")), [128]),
+    "both": ((P("fsdp", "tensor"), P("tensor"), P("tensor", "fsdp")), [16, 64]),
+}
+
+
+def problem(layout):
+    """Parameters in a layout, and a batch spread over the data axis."""
+    shapes = {"up": (64, 128), "bias": (128,), "down": (128, 32)}
+    specs = zip(shapes.items(), MODELS[layout][0], strict=True)
+    params = {name: put(normal(*shape) / 8, spec) for (name, shape), spec in specs}
+    return params, put(normal(128, 64, seed=1), P("data", None))
+
+
+def gradient(fn, params):
+    """The gradient of the mean square, laid out as the parameters are."""
+    layout = jax.tree.map(lambda p: p.sharding, params)
+
+    def gradients(params, x):
+        grads = jax.grad(lambda p: jnp.mean(jnp.square(fn(p, x))))(params)
+        return jax.lax.with_sharding_constraint(grads, layout)
+
+    return gradients
+
+
+@pytest.mark.parametrize("form", ["wrap", "fold"])
+@pytest.mark.parametrize(
+    ("axis_type", "layout"),  # the plain model itself needs an out_sharding in the others
+    [(AUTO, "tensor"), (AUTO, "fsdp"), (AUTO, "both"), (EXPLICIT, "fsdp")],
+    ids=["auto-tensor", "auto-fsdp", "auto-both", "explicit-fsdp"],
+)
+def test_a_model_sends_what_the_plain_one_does_and_sums(mesh, layout, form):
+    """A sum for the norm, and one for its gradient, where fan-in axes are split."""
+    params, x = problem(layout)
+    nodes = wnjax.weight_norm(params, wnjax.neurons(mlp, params, x))
+    fn = wnjax.wrap(mlp) if form == "wrap" else lambda nodes, x: mlp(wnjax.fold(nodes), x)
+    sent = collectives(gradient(fn, nodes), nodes, x)
+    for one in collectives(gradient(mlp, params), params, x):
+        sent.remove(one)
+    assert sent == [("all-reduce", n) for n in MODELS[layout][1] for _ in range(2)]
+    alone = jax.device_get((nodes, x))
+    chex.assert_trees_all_close(
+        jax.jit(gradient(fn, nodes))(nodes, x),
+        jax.grad(lambda n: jnp.mean(jnp.square(mlp(wnjax.fold(n), alone[1]))))(alone[0]),
+        rtol=1e-4,
+        atol=1e-6,
+    )
+
+
+@pytest.mark.parametrize(
+    ("axis_type", "layout"),
+    [(AUTO, "both"), (EXPLICIT, "fsdp")],
+    ids=["auto-both", "explicit-fsdp"],
+)
+@pytest.mark.parametrize("as_nodes", [False, True])
+def test_data_init_of_shards_is_that_of_the_whole(mesh, layout, as_nodes):
+    """Under jit, with the batch spread over devices, too."""
+    params, x = problem(layout)
+    tree = wnjax.weight_norm(params, {"up|down": -1}) if as_nodes else params
+    init = jax.jit(partial(wnjax.data_init, mlp))
+    alone = jax.device_get((tree, x))
+    chex.assert_trees_all_close(init(tree, x), init(*alone), rtol=1e-4, atol=1e-5)
+
+
+SPLIT = P("fsdp", "tensor"), P(None, "tensor")  # of v, and of g
+
+
+def split_nodes():
+    """A weight with all its axes split, and its node away from the start."""
+    node = wnjax.weight_norm({"kernel": normal(64, 32)})["kernel"]
+    node = wnjax.WeightNorm(node.g / 2, node.v * 3)
+    specs = {"kernel": wnjax.WeightNorm(SPLIT[1], SPLIT[0])}
+    return jax.tree.map(put, {"kernel": node}, specs), specs
+
+
+def over_shards(fn, in_specs, out_specs):
+    return jax.jit(jax.shard_map(fn, in_specs=in_specs, out_specs=out_specs))
+
+
+@axis_types
+def test_shards_of_the_fan_in_axes_have_the_norm_of_the_whole(mesh):
+    """Inside shard_map, with derivatives."""
+    nodes, specs = split_nodes()
+
+    def fold(nodes):
+        return wnjax.fold(nodes)["kernel"]
+
+    def loss(nodes):
+        return jnp.sum(jnp.sin(fold(nodes)))
+
+    def loss_of_shards(nodes):
+        return jax.lax.psum(loss(nodes), ("fsdp", "tensor"))
+
+    close = partial(chex.assert_trees_all_close, rtol=1e-5, atol=1e-6)
+    alone = jax.device_get(nodes)
+    close(over_shards(fold, (specs,), SPLIT[0])(nodes), fold(alone))
+    close(over_shards(jax.grad(loss_of_shards), (specs,), specs)(nodes), jax.grad(loss)(alone))
+    norms = {"kernel": dict.fromkeys(("v", "g", "scale"), SPLIT[1])}
+    close(over_shards(wnjax.norms, (specs,), norms)(nodes), wnjax.norms(alone))
+
+
+def product(params, x):
+    """Of shards of the fan-in axes; their parts are summed."""
+    return jax.lax.psum(x @ params["kernel"], "fsdp")
+
+
+@axis_types
+def test_a_product_with_shards_is_that_with_the_whole(mesh):
+    nodes, specs = split_nodes()
+    x = put(normal(4, 64, seed=2), P(None, "fsdp"))
+    found = over_shards(wnjax.wrap(product), (specs, P(None, "fsdp")), P(None, "tensor"))
+    alone, x_alone = jax.device_get((nodes, x))
+    expected = x_alone @ wnjax.fold(alone)["kernel"]
+    np.testing.assert_allclose(found(nodes, x), expected, rtol=1e-5, atol=1e-5)
+
+
+@axis_types
+def test_data_init_does_not_take_shards_of_the_fan_in_axes(mesh):
+    """The moments would be those of partial sums."""
+    nodes, specs = split_nodes()
+    x = put(normal(128, 64, seed=2), P(None, "fsdp"))
+    init = over_shards(partial(wnjax.data_init, product), (specs, P(None, "fsdp")), specs)
+    with pytest.raises(ValueError, match=r"kernel: shard_map splits .* over \('fsdp',\); jit can"):
+        init(nodes, x)
+
+
+@axis_types
+def test_steps_of_shards_are_those_of_the_whole(mesh):
+    """Of plain weights behind `weight_normalized`, and of nodes with `keep_norms`."""
+    nodes, specs = split_nodes()
+    kernel = {"kernel": nodes["kernel"].v}
+    optimizer = wnjax.weight_normalized(optax.sgd(0.1, momentum=0.9))
+    lengths = {"kernel": wnjax.WeightNorm(SPLIT[1], optax.MaskedNode())}
+    state_specs = type(optimizer.init(kernel))(
+        (optax.TraceState(specs), optax.EmptyState()), lengths
+    )
+    cases = [
+        (optimizer, kernel, {"kernel": SPLIT[0]}, state_specs),
+        (optax.chain(optax.sgd(0.1), wnjax.keep_norms()), nodes, specs, P()),
+    ]
+    for optimizer, params, params_specs, state_specs in cases:
+        state, alone = optimizer.init(params), jax.device_get(params)
+        specs = params_specs, state_specs
+        found = over_shards(step(optimizer), specs, specs)(params, state)
+        expected = step(optimizer)(alone, optimizer.init(alone))
+        chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@axis_types
+@pytest.mark.parametrize("log_scale", [False, True])
+def test_abstract_trees_have_the_layout_of_real_ones(mesh, log_scale):
+    normalize = partial(wnjax.weight_norm, log_scale=log_scale)
+    params = {
+        "dense": {"kernel": put(normal(64, 32), SPLIT[0]), "bias": put(jnp.zeros(32), P("tensor"))},
+        "low": {"kernel": put(jnp.ones((4, 8, 32), jnp.bfloat16), P(None, "fsdp"))},
+    }
+
+    abstract = partial(jax.tree.map, lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype))
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), params
+    )
+    nodes = normalize(params)
+    assert abstract(normalize(shapes)) == abstract(nodes)
+    assert abstract(wnjax.fold(normalize(shapes))) == abstract(params)
+    assert normalize(abstract(params)) == abstract(nodes)  # without shardings
+    for one, real in zip(*map(jax.tree.leaves, (normalize(shapes), nodes)), strict=True):
+        assert real.sharding.is_equivalent_to(one.sharding, real.ndim)
+
+
+@pytest.mark.parametrize("axis_type", [AUTO])  # Linen's boxes know no other
+def test_a_model_is_initialized_in_shards(mesh):
+    """No device ever holds a whole weight."""
+
+    class Network(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            init = nn.with_partitioning(nn.initializers.lecun_normal(), ("fsdp", "tensor"))
+            return nn.Dense(32, kernel_init=init)(x)
+
+    def init(key):
+        return Network().init(key, jnp.zeros((1, 64), jnp.float32))["params"]
+
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    specs = nn.get_partition_spec(wnjax.weight_norm(shapes))
+    shardings = jax.tree.map(partial(NamedSharding, mesh), specs)
+
+    def start(key):
+        return nn.meta.unbox(wnjax.weight_norm(init(key)))
+
+    nodes = jax.jit(start, out_shardings=shardings)(jax.random.key(0))
+    node = nodes["Dense_0"]["kernel"]
+    assert {shard.data.shape for shard in node.v.addressable_shards} == {(32, 16)}
+    assert {shard.data.shape for shard in node.g.addressable_shards} == {(1, 16)}
+    kernel = nn.meta.unbox(init(jax.random.key(0)))["Dense_0"]["kernel"]
+    np.testing.assert_allclose(wnjax.fold(nodes)["Dense_0"]["kernel"], kernel, atol=1e-7)
+
+
+def test_what_does_not_fit_is_refused_of_abstract_trees_too():
+    shapes = {"kernel": jax.ShapeDtypeStruct((4, 3), jnp.int32)}
+    with pytest.raises(TypeError, match="kernel has dtype int32; only floating-point"):
+        wnjax.weight_norm(shapes)
+    kernel = jax.ShapeDtypeStruct((4, 3), jnp.float32)
+    node = wnjax.WeightNorm(jax.ShapeDtypeStruct((4, 2), jnp.float32), kernel)
+    with pytest.raises(ValueError, match=r"kernel: g of shape \(4, 2\) does not fit v of shape"):
+        wnjax.fold({"kernel": node})
