@@ -63,9 +63,9 @@ def weight_norm(
     Args:
       params: any pytree of arrays, or of their `jax.ShapeDtypeStruct`s: dict, FrozenDict,
         `nnx.State`, Equinox module, with or without Flax boxes. Containers, boxes and all
-        other leaves are kept. A box that names axes (`nn.Partitioned`, NNX `out_sharding`) is put around g and around v,
-        with None for the names of the fan-in axes around g; NNX's filters then see no
-        `Param` there, so filter before.
+        other leaves are kept. A box that names axes (`nn.Partitioned`, NNX `out_sharding`)
+        is put around g and around v, with None for the names of the fan-in axes around g;
+        NNX's filters then see no `Param` there, so filter before.
       axes: which leaves are weights, and their feature axes (all axes but those that
         the layer sums over). One of
 
