@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.ticker import LogFormatter
 from tabulate import tabulate
 
 from experiments import records
@@ -202,16 +203,18 @@ def results(histories: Sequence[History]) -> dict[str, Any]:
 
 def draw_curves(histories: Sequence[History], out: Path) -> None:
     """The metric over epochs and over wall time: the mean over seeds, and their range."""
-    figure, panels = plt.subplots(1, 2, figsize=(10, 4), layout="constrained", sharey=True)
+    figure, panels = plt.subplots(1, 2, figsize=(12, 4), layout="constrained", sharey=True)
     for panel, label in zip(panels, ("epochs", "seconds of training"), strict=True):
         for history in histories:
             x = history.epoch if label == "epochs" else history.seconds
             panel.plot(x, history.values.mean(axis=1), label=history.title)
             panel.fill_between(x, history.values.min(axis=1), history.values.max(axis=1), alpha=0.2)
         panel.set(xlabel=label, yscale="log")
+        panel.yaxis.set_major_formatter(LogFormatter())  # 140, not 1.4·10²
+        panel.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False))
         panel.grid(alpha=0.3, which="both")
     panels[0].set_ylabel(histories[0].unit.label)
-    panels[0].legend()
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper")
     _save(figure, out)
 
 
