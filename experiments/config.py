@@ -77,6 +77,38 @@ class Optimizer:
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
+class Mesh:
+    """Over how many devices each network is spread: data · fsdp · tensor.
+
+    Attributes:
+      data: devices that share every batch, each with all weights.
+      fsdp: devices that share every batch and the weights, fetched layer by layer.
+      tensor: devices that share the neurons of every layer.
+    """
+
+    data: int = 1
+    fsdp: int = 1
+    tensor: int = 1
+
+    def __post_init__(self) -> None:
+        """Checks the values."""
+        _check_types(self, "mesh.")
+        for field in dataclasses.fields(self):
+            if (size := getattr(self, field.name)) < 1:
+                raise ValueError(f"mesh.{field.name} must be positive, got {size}")
+
+    @property
+    def size(self) -> int:
+        """The devices of one network."""
+        return self.batch_parts * self.tensor
+
+    @property
+    def batch_parts(self) -> int:
+        """The parts that every batch is split into."""
+        return self.data * self.fsdp
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
 class Config:
     """One training run.
 
@@ -101,7 +133,7 @@ class Config:
       test_examples: test on so many, the first ones; 0 for all.
       ema_decay: of the moving average of the parameters that is evaluated; 0 for none.
       bfloat16: compute in bfloat16; parameters, norms and losses stay in float32.
-      devices: so many share every batch.
+      mesh: its fields are set by --config.mesh.FIELD.
       seeds: networks trained side by side, from seed on upwards.
       seed: of the first network: its initialization and its order of examples.
       data_dir: where downloaded data is or goes.
@@ -126,7 +158,7 @@ class Config:
     test_examples: int = 0
     ema_decay: float = 0.0
     bfloat16: bool = False
-    devices: int = 1
+    mesh: Mesh = dataclasses.field(default_factory=Mesh)
     seeds: int = 1
     seed: int = 0
     data_dir: str = "data"
@@ -147,10 +179,10 @@ class Config:
         if self.norm not in self.task.norms:
             names = ", ".join(norm.value for norm in self.task.norms)
             raise ValueError(f"norm must be one of {names} for this task, got {self.norm.value}")
-        if self.batch_size % self.devices:
+        if self.batch_size % self.mesh.batch_parts:
             raise ValueError(
-                f"batch_size must be a multiple of devices, got {self.batch_size} and "
-                f"{self.devices}"
+                f"batch_size must be a multiple of mesh.data · mesh.fsdp, got {self.batch_size} "
+                f"and {self.mesh.batch_parts}"
             )
         first, last = self.profile
         if not 0 <= first <= last <= self.steps:
@@ -158,7 +190,7 @@ class Config:
 
     def _check_ranges(self) -> None:
         positive = "batch_size", "steps", "steps_per_eval", "steps_per_call", "evals_per_save"
-        for name in (*positive, "devices", "seeds"):
+        for name in (*positive, "seeds"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         for name in ("init_examples", "train_examples", "test_examples"):

@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import wnjax
 from experiments.config import Config
 from experiments.datasets import Data
-from experiments.placement import make_mesh
+from experiments.placement import layout, make_mesh
 from experiments.tasks import Measures
 from experiments.trainer import Dataset, State, Trainer
 
@@ -31,20 +31,24 @@ class Programs:
         self.count = len(next(iter(data.train.values())))  # of training examples
         self.mesh = make_mesh(config)
         whole = NamedSharding(self.mesh, PartitionSpec())
-        self._by_seed = NamedSharding(self.mesh, PartitionSpec("seeds"))
+        by_seed = NamedSharding(self.mesh, PartitionSpec("seeds"))
         self.train, self.test = (jax.device_put(dict(split), whole) for split in data)
-        self._init = jax.jit(self.trainer.init)
-        self._steps: Any = jax.jit(
-            self._over_seeds(self._advance, 1), donate_argnums=0, out_shardings=self._by_seed
-        )
+        seeds = np.arange(config.seed, config.seed + config.seeds, dtype=np.int32)
+        self.seeds = jax.device_put(seeds, by_seed)
+        self._init: Any = jax.jit(self._init_all)
+        self._steps: Any = jax.jit(self._advance_all, donate_argnums=0)
         self._evaluate: Any = jax.jit(self._over_seeds(self._evaluate_after, 2), keep_unused=True)
         self._norms: Any = jax.jit(self._over_seeds(self.trainer.norms, 1))
         self._first_failures: Any = jax.jit(self._over_seeds(self.trainer.first_failure, 0))
 
     def _over_seeds(self, function: Callable[..., Any], others: int) -> Callable[..., Any]:
         """The function of a state and `others` that are the same for all, for stacked states."""
+        return self._on_groups(jax.vmap(function, in_axes=(0, *[None] * others)), others)
+
+    def _on_groups(self, function: Callable[..., Any], others: int) -> Callable[..., Any]:
+        """The function of stacked states and `others`, on each group of devices for its own."""
         return jax.shard_map(
-            jax.vmap(function, in_axes=(0, *[None] * others)),
+            function,
             mesh=self.mesh,
             in_specs=(PartitionSpec("seeds"), *[PartitionSpec()] * others),
             out_specs=PartitionSpec("seeds"),
@@ -54,11 +58,7 @@ class Programs:
 
     def init(self) -> State:
         """The states of all seeds before the first step."""
-        seeds = range(self.config.seed, self.config.seed + self.config.seeds)
-        # One by one: side by side, initializers take twice as long to compile.
-        each = [jax.device_get(self._init(jnp.int32(seed), self.train)) for seed in seeds]
-        stacked: State = jax.tree.map(lambda *leaves: np.stack(leaves), *each)
-        states: State = jax.device_put(stacked, self._by_seed)
+        states: State = self._init(self.seeds, self.train)
         return states
 
     def compile(self, states: State) -> None:
@@ -74,9 +74,22 @@ class Programs:
         after: tuple[State, jax.Array] = self._steps(states, self.train)
         return after
 
-    def _advance(self, state: State, train: Dataset) -> tuple[State, jax.Array]:
-        state = self.trainer.steps(state, train)
-        return state, state.step
+    def _init_all(self, seeds: jax.Array, train: Dataset) -> State:
+        def one_by_one(seeds: jax.Array, train: Dataset) -> State:
+            # Side by side, initializers take twice as long to compile.
+            states: State = jax.lax.map(lambda seed: self.trainer.init(seed, train), seeds)
+            return states
+
+        return self._placed(self._on_groups(one_by_one, 1)(seeds, train))
+
+    def _advance_all(self, states: State, train: Dataset) -> tuple[State, jax.Array]:
+        states = self._placed(self._over_seeds(self.trainer.steps, 1)(states, train))
+        return states, states.step
+
+    def _placed(self, states: State) -> State:
+        places = layout(self.mesh, states, self.config.task.layouts)
+        placed: State = jax.lax.with_sharding_constraint(states, places)
+        return placed
 
     def _evaluate_after(
         self, state: tuple[State, jax.Array], test: Dataset, number: jax.Array

@@ -263,6 +263,8 @@ def draw_learning_rates(histories: Sequence[History], out: Path) -> bool:
         deviations = [rates[rate].std(ddof=1) if len(rates[rate]) > 1 else 0 for rate in x]
         panel.errorbar(x, means, deviations, marker="o", capsize=3, label=line[0].about["variant"])
     panel.set(xscale="log", xlabel="learning rate", ylabel=f"last {histories[0].unit.label}")
+    panel.xaxis.set_major_formatter("{x:g}")
+    panel.xaxis.set_minor_formatter("{x:g}")
     panel.grid(alpha=0.3, which="both")
     panel.legend()
     _save(figure, out)

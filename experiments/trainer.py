@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import PartitionSpec
 
 import wnjax
 from experiments.config import Config
 from experiments.datasets.batches import batch_indices
+from experiments.placement import BATCH
 from experiments.tasks import Batch, Measures
 
 _DECISIONS = wnjax.Neuron, wnjax.NotNeuron
@@ -145,12 +145,9 @@ class Trainer:
 
     def share(self, batch: Batch) -> Batch:
         """The batch, split over the devices."""
-        if self.config.devices == 1:
+        if self.config.mesh.size == 1:
             return batch
-        return {
-            name: jax.lax.with_sharding_constraint(x, PartitionSpec("data"))
-            for name, x in batch.items()
-        }
+        return {name: jax.lax.with_sharding_constraint(x, BATCH) for name, x in batch.items()}
 
     def first_failure(self, state: State) -> jax.Array:
         """() int32: the first step whose loss, or whose update, is not finite; -1 for none."""

@@ -27,6 +27,7 @@ class Task(abc.ABC):
     metric: ClassVar[str]  # the measure that tells how good a network is; less is better
     norms: ClassVar[tuple[ActivationNorm, ...]] = (ActivationNorm.NONE,)  # that the network has
     init_std: ClassVar[dict[str, float]] = {}  # deviations other than 1, for wnjax.data_init
+    layouts: ClassVar[dict[str, tuple[str | None, ...]]] = {}  # of weights on a mesh, for placement
 
     @abc.abstractmethod
     def data(self, folder: Path) -> Data:

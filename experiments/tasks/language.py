@@ -36,6 +36,13 @@ class CharLm(Task):
     norms: ClassVar[tuple[ActivationNorm, ...]] = (ActivationNorm.NONE, ActivationNorm.LAYER)
     # The outputs of a block are added to what it was given, block after block.
     init_std: ClassVar[dict[str, float]] = {r".*/out/kernel": 0.3, r"Dense_\d*[13579]/kernel": 0.3}
+    # Heads, and the features between the two dense layers, are shared out: what comes in is whole.
+    layouts: ClassVar[dict[str, tuple[str | None, ...]]] = {
+        r"(query|key|value)/kernel": (None, "tensor", "fsdp"),
+        r"(query|key|value)/bias": ("tensor", "fsdp"),
+        r"out/kernel": ("tensor", None, "fsdp"),
+        r"Dense_\d*[13579]/kernel": ("tensor", "fsdp"),
+    }
 
     layers: int = 4
     width: int = 128

@@ -103,7 +103,11 @@ def test_defaults_and_overrides():
         ([DIGITS, "--config.optimizer.late_momentum=0.5"], "late_momentum needs optimizer.decay"),
         ([DIGITS, "--config.optimizer.clip=-1"], "optimizer.clip must not be negative, got -1.0"),
         ([DIGITS, "--config.ema_decay=1"], "ema_decay must lie in [0, 1), got 1.0"),
-        ([DIGITS, "--config.devices=3"], "batch_size must be a multiple of devices, got 64 and 3"),
+        (
+            [DIGITS, "--config.mesh.data=3"],
+            "batch_size must be a multiple of mesh.data · mesh.fsdp, got 64 and 3",
+        ),
+        ([DIGITS, "--config.mesh.tensor=0"], "mesh.tensor must be positive, got 0"),
         ([DIGITS, "--config.profile=(5,2)"], "profile must be two steps in order, got (5, 2)"),
         ([DIGITS, "--config.seed=-1"], "seed must not be negative or beyond 31 bits, got -1"),
         ([DIGITS, "--config.seed=5000000000"], "seed must not be negative or beyond 31 bits"),

@@ -90,7 +90,7 @@ def test_an_interrupted_run_ends_as_one_that_was_not(cache, tmp_path):
     steps = [line["step"] for line in records.read_metrics(tmp_path / "again")]
     assert steps == [4, 8, 12, 16, 20]
     # A device for each of the two seeds, though this machine has one CPU.
-    assert records.read_about(tmp_path / "whole")["device"]["mesh"] == {"seeds": 2, "data": 1}
+    assert records.read_about(tmp_path / "whole")["device"]["mesh"]["seeds"] == 2
     runs = [str(tmp_path / name) for name in ("whole", "again")]
     assert report.main([*runs, f"--out={tmp_path / 'report'}"]) == 0
 
@@ -181,7 +181,10 @@ def test_help_for_a_config_file_has_the_fields_of_its_task(capsys):
         ("--config.batch_size=1438", "batch_size must be at most 1437, the number of training"),
         ("--config.train_examples=2000", "train_examples must be at most 1437, got 2000"),
         ("--config.test_examples=361", "test_examples must be at most 360, got 361"),
-        ("--config.devices=64", "devices must be at most 8, got 64"),
+        (
+            "--config.mesh.data=64",
+            "mesh.data · mesh.fsdp · mesh.tensor must be at most 8, the number of devices, got 64",
+        ),
     ],
 )
 def test_more_than_there_is(argument, text, tmp_path, capsys):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import wnjax
-from experiments.config import VARIANTS, Config, Optimizer, Update
+from experiments.config import VARIANTS, Config, Mesh, Optimizer, Update
 from experiments.datasets import Data
 from experiments.datasets.digits import digits
 from experiments.networks.layers import ActivationNorm
@@ -95,12 +95,13 @@ def test_the_first_failure_is_a_loss_or_an_update_that_is_not_finite(data):
 
 
 @pytest.mark.parametrize(
-    ("devices", "groups", "unroll"), [(1, 2, True), (2, 2, False), (8, 1, False)]
+    ("parts", "groups", "unroll"), [(1, 2, True), (2, 2, False), (8, 1, False)]
 )
-def test_seeds_side_by_side_equal_runs_of_their_own(devices, groups, unroll, data):
+def test_seeds_side_by_side_equal_runs_of_their_own(parts, groups, unroll, data):
     """Spread over the eight devices, with one for each or several, or together on all."""
-    programs = Programs(dataclasses.replace(SMALL, unroll=unroll, seeds=2, devices=devices), data)
-    assert dict(programs.mesh.shape) == {"seeds": groups, "data": devices}
+    config = dataclasses.replace(SMALL, unroll=unroll, seeds=2, mesh=Mesh(data=parts))
+    programs = Programs(config, data)
+    assert programs.mesh.devices.shape == (groups, parts, 1, 1)
     with jax.set_mesh(programs.mesh):
         both, _ = programs.steps(programs.init())
         error = programs.metrics(both)["test_error"]
@@ -113,12 +114,27 @@ def test_seeds_side_by_side_equal_runs_of_their_own(devices, groups, unroll, dat
 
 
 @pytest.mark.parametrize(
-    ("seeds", "devices", "shape"),
-    [(3, 1, (3, 1)), (6, 2, (3, 2)), (5, 3, (1, 3)), (9, 1, (3, 1)), (1, 8, (1, 8))],
+    ("seeds", "sizes", "groups"),
+    [
+        (3, (1, 1, 1), 3),
+        (6, (2, 1, 1), 3),
+        (6, (1, 1, 2), 3),
+        (5, (3, 1, 1), 1),
+        (9, (1, 1, 1), 3),
+        (2, (2, 2, 1), 2),
+        (1, (2, 2, 2), 1),
+    ],
 )
-def test_seeds_are_spread_evenly_over_eight_devices(seeds, devices, shape):
-    mesh = make_mesh(dataclasses.replace(SMALL, seeds=seeds, devices=devices, batch_size=24))
-    assert mesh.devices.shape == shape
+def test_seeds_are_spread_evenly_over_eight_devices(seeds, sizes, groups):
+    mesh = make_mesh(
+        dataclasses.replace(
+            SMALL,
+            seeds=seeds,
+            mesh=Mesh(data=sizes[0], fsdp=sizes[1], tensor=sizes[2]),
+            batch_size=24,
+        )
+    )
+    assert mesh.devices.shape == (groups, *sizes)
     assert len(set(mesh.devices.flat)) == mesh.size
 
 
@@ -140,18 +156,6 @@ def test_programs_use_their_states_up_and_are_traced_once(data, monkeypatch):
     assert after.step.tolist() == [4, 4]
     assert metrics["loss"].shape == metrics["test_error"].shape == (2,)
     assert set(norms) == {"Conv_0/kernel", "Conv_1/kernel", "Dense_0/kernel"}
-
-
-def test_a_batch_split_over_devices_changes_nothing(data):
-    config = dataclasses.replace(SMALL, weight_norm=True, norm=ActivationNorm.BATCH)
-    found = []
-    for devices in (1, 4):
-        programs = Programs(dataclasses.replace(config, devices=devices), digits())
-        with jax.set_mesh(programs.mesh):
-            states, _ = programs.steps(programs.init())
-            found.append(jax.device_get((states.params, programs.metrics(states))))
-        assert len(jax.tree.leaves(states.params)[0].devices()) == devices
-    jax.tree.map(close, *found)
 
 
 @pytest.mark.usefixtures("optimized")
