@@ -82,8 +82,8 @@ class Mesh:
 
     Attributes:
       data: devices that share every batch, each with all weights.
-      fsdp: devices that share every batch and the weights, fetched layer by layer.
-      tensor: devices that share the neurons of every layer.
+      fsdp: devices that share every batch and the weights, which are fetched where they are used.
+      tensor: devices that share the weights, and what is computed with them.
     """
 
     data: int = 1

@@ -29,12 +29,11 @@ import numpy as np
 
 from experiments.command_line import Run
 from experiments.config import Config
-from experiments.logs import log
 from experiments.placement import make_mesh
 
 PACKAGES = ("wnjax", "jax", "jaxlib", "flax", "optax", "chex", "numpy")
-COMPARED = ("config", "versions", "data")  # what makes a run the same run, on any devices
-NOT_COMPARED = ("data_dir", "evals_per_save", "profile", "tensorboard", "published", "mesh")
+COMPARED = ("config", "versions", "device", "data")  # what makes a run the same run
+NOT_COMPARED = ("data_dir", "evals_per_save", "profile", "tensorboard", "published")  # no numbers
 
 
 class RecordError(Exception):
@@ -55,13 +54,7 @@ def create(run: Run) -> None:
     if workdir.exists() and not workdir.is_dir():
         raise RecordError(f"{workdir} is not a directory; choose another --workdir")
     if workdir.is_dir() and any(workdir.iterdir()):
-        there = read_about(workdir)
-        _check_same(workdir, there, about)
-        if there["device"] != about["device"]:
-            log.info(
-                "begun on other devices, so that results differ by rounding: %s there, %s here",
-                *(there["device"], about["device"]),
-            )
+        _check_same(workdir, read_about(workdir), about)
         return
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -133,7 +126,7 @@ def _flatten(about: dict[str, Any]) -> dict[str, Any]:
         return {name: inner for part in parts for name, inner in part.items()}
 
     found = {k: v for part in COMPARED for k, v in walk(part, about.get(part, {})).items()}
-    return {k: v for k, v in found.items() if k.split(".")[1] not in NOT_COMPARED}
+    return {k: v for k, v in found.items() if k.removeprefix("config.") not in NOT_COMPARED}
 
 
 def rewind(workdir: Path, step: int) -> float:

@@ -120,12 +120,13 @@ def test_only_sums_of_split_fan_in_axes_are_sent(mesh, layout):
     def gradient(nodes):
         return jax.grad(lambda nodes: jnp.sum(jnp.sin(wnjax.fold(nodes)["kernel"])))(nodes)
 
-    programs = [(wnjax.weight_norm, params), (wnjax.fold, nodes), (gradient, nodes)]
-    programs += [(wnjax.norms, nodes)]
-    programs += [(step(o), params, o.init(params)) for o in OPTIMIZERS.values()]
-    expected = set() if layout == "features" else {("all-reduce", gains)}
-    for fn, *args in programs:
-        assert set(collectives(fn, *args)) == expected
+    optimizers = [(step(o), params, o.init(params)) for o in OPTIMIZERS.values()]
+    # And how many times they are sent: of squares, of largest elements, of products with gradients.
+    programs = [((wnjax.weight_norm, params), 3), ((wnjax.fold, nodes), 1), ((gradient, nodes), 2)]
+    programs += [((wnjax.norms, nodes), 1), (optimizers[0], 3), (optimizers[1], 2)]
+    for (fn, *args), times in programs:
+        sums = [] if layout == "features" else [("all-reduce", gains)] * times
+        assert collectives(fn, *args) == sums
 
 
 def mlp(params, x):
@@ -199,96 +200,15 @@ def test_data_init_of_shards_is_that_of_the_whole(mesh, layout, as_nodes):
     chex.assert_trees_all_close(init(tree, x), init(*alone), rtol=1e-4, atol=1e-5)
 
 
-SPLIT = P("fsdp", "tensor"), P(None, "tensor")  # of v, and of g
-
-
-def split_nodes():
-    """A weight with all its axes split, and its node away from the start."""
-    node = wnjax.weight_norm({"kernel": normal(64, 32)})["kernel"]
-    node = wnjax.WeightNorm(node.g / 2, node.v * 3)
-    specs = {"kernel": wnjax.WeightNorm(SPLIT[1], SPLIT[0])}
-    return jax.tree.map(put, {"kernel": node}, specs), specs
-
-
-def over_shards(fn, in_specs, out_specs):
-    return jax.jit(jax.shard_map(fn, in_specs=in_specs, out_specs=out_specs))
-
-
-@axis_types
-def test_shards_of_the_fan_in_axes_have_the_norm_of_the_whole(mesh):
-    """Inside shard_map, with derivatives."""
-    nodes, specs = split_nodes()
-
-    def fold(nodes):
-        return wnjax.fold(nodes)["kernel"]
-
-    def loss(nodes):
-        return jnp.sum(jnp.sin(fold(nodes)))
-
-    def loss_of_shards(nodes):
-        return jax.lax.psum(loss(nodes), ("fsdp", "tensor"))
-
-    close = partial(chex.assert_trees_all_close, rtol=1e-5, atol=1e-6)
-    alone = jax.device_get(nodes)
-    close(over_shards(fold, (specs,), SPLIT[0])(nodes), fold(alone))
-    close(over_shards(jax.grad(loss_of_shards), (specs,), specs)(nodes), jax.grad(loss)(alone))
-    norms = {"kernel": dict.fromkeys(("v", "g", "scale"), SPLIT[1])}
-    close(over_shards(wnjax.norms, (specs,), norms)(nodes), wnjax.norms(alone))
-
-
-def product(params, x):
-    """Of shards of the fan-in axes; their parts are summed."""
-    return jax.lax.psum(x @ params["kernel"], "fsdp")
-
-
-@axis_types
-def test_a_product_with_shards_is_that_with_the_whole(mesh):
-    nodes, specs = split_nodes()
-    x = put(normal(4, 64, seed=2), P(None, "fsdp"))
-    found = over_shards(wnjax.wrap(product), (specs, P(None, "fsdp")), P(None, "tensor"))
-    alone, x_alone = jax.device_get((nodes, x))
-    expected = x_alone @ wnjax.fold(alone)["kernel"]
-    np.testing.assert_allclose(found(nodes, x), expected, rtol=1e-5, atol=1e-5)
-
-
-@axis_types
-def test_data_init_does_not_take_shards_of_the_fan_in_axes(mesh):
-    """The moments would be those of partial sums."""
-    nodes, specs = split_nodes()
-    x = put(normal(128, 64, seed=2), P(None, "fsdp"))
-    init = over_shards(partial(wnjax.data_init, product), (specs, P(None, "fsdp")), specs)
-    with pytest.raises(ValueError, match=r"kernel: shard_map splits .* over \('fsdp',\); jit can"):
-        init(nodes, x)
-
-
-@axis_types
-def test_steps_of_shards_are_those_of_the_whole(mesh):
-    """Of plain weights behind `weight_normalized`, and of nodes with `keep_norms`."""
-    nodes, specs = split_nodes()
-    kernel = {"kernel": nodes["kernel"].v}
-    optimizer = wnjax.weight_normalized(optax.sgd(0.1, momentum=0.9))
-    lengths = {"kernel": wnjax.WeightNorm(SPLIT[1], optax.MaskedNode())}
-    state_specs = type(optimizer.init(kernel))(
-        (optax.TraceState(specs), optax.EmptyState()), lengths
-    )
-    cases = [
-        (optimizer, kernel, {"kernel": SPLIT[0]}, state_specs),
-        (optax.chain(optax.sgd(0.1), wnjax.keep_norms()), nodes, specs, P()),
-    ]
-    for optimizer, params, params_specs, state_specs in cases:
-        state, alone = optimizer.init(params), jax.device_get(params)
-        specs = params_specs, state_specs
-        found = over_shards(step(optimizer), specs, specs)(params, state)
-        expected = step(optimizer)(alone, optimizer.init(alone))
-        chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-6)
-
-
 @axis_types
 @pytest.mark.parametrize("log_scale", [False, True])
 def test_abstract_trees_have_the_layout_of_real_ones(mesh, log_scale):
     normalize = partial(wnjax.weight_norm, log_scale=log_scale)
     params = {
-        "dense": {"kernel": put(normal(64, 32), SPLIT[0]), "bias": put(jnp.zeros(32), P("tensor"))},
+        "dense": {
+            "kernel": put(normal(64, 32), P("fsdp", "tensor")),
+            "bias": put(jnp.zeros(32), P("tensor")),
+        },
         "low": {"kernel": put(jnp.ones((4, 8, 32), jnp.bfloat16), P(None, "fsdp"))},
     }
 

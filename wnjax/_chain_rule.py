@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from wnjax._nodes import WeightNorm, in_range, inverse_root, whole
+from wnjax._nodes import WeightNorm, in_range, inverse_root
 
 
 class View(NamedTuple):
@@ -56,12 +56,12 @@ def chain_rule(
 
     dL/dg = ⟨dL/dw, v⟩/‖v‖,   dL/dv = (g/‖v‖)(dL/dw − ⟨dL/dw, v⟩/‖v‖²·v)
     """
-    squared_norm = whole(_dot(w, w, fan_in), length)
+    squared_norm = _dot(w, w, fan_in)
     is_zero = (squared_norm < 1) & ~in_range(squared_norm)
     inverse = inverse_root(squared_norm)
     g = jnp.where(is_zero, 0, jnp.sign(length) * jnp.sqrt(squared_norm))
     view = View(w, g, length, length * inverse, is_zero, fan_in)
-    along = whole(_dot(grad, w, fan_in), length) * inverse  # ⟨dL/dw, v⟩/‖v‖, but for its sign
+    along = _dot(grad, w, fan_in) * inverse  # ⟨dL/dw, v⟩/‖v‖, but for its sign
     ratio = jnp.where(is_zero, 1, g / jnp.abs(length))
     return view, WeightNorm(jnp.sign(length) * along, ratio * (grad - (along * inverse) * w))
 
@@ -76,7 +76,7 @@ def step_back(view: View, change: WeightNorm) -> Step:
     w, g, length, per_w, is_zero, fan_in = view
     norm = jnp.abs(length)
     # In one sum and of w, not v: so XLA stores no other array than Δv for it.
-    more = whole(_dot((2 * per_w) * w + change.v, change.v, fan_in), length)
+    more = _dot((2 * per_w) * w + change.v, change.v, fan_in)
     squared = jnp.where(is_zero, more, norm * norm + more)
     new_norm = jnp.where(in_range(squared), jnp.sqrt(squared), norm)
     new_g = jnp.where(is_zero, new_norm, g + change.g)

@@ -21,12 +21,12 @@ from wnjax._nodes import (
     LogWeightNorm,
     Node,
     WeightNorm,
-    fan_in_mesh_axes,
+    fan_in_axes,
     gain,
     gain_axes,
     root,
     scale,
-    squared_norm,
+    sum_of_squares,
     weight,
 )
 from wnjax._standardize import Standardization
@@ -222,7 +222,6 @@ class _Plan:
     def _obstacle_at(self, use: Use, node: Node | None) -> str | None:
         """Why a leaf cannot be initialized at its only use."""
         shape, gains = self.shapes[use.leaf], use.features if node is None else gain_axes(node)
-        split_over = () if node is None else fan_in_mesh_axes(node.v, node[0])
         shared, long = use.fan_in & gains, {axis for axis in use.scanned if shape[axis] > 1}
         reasons = {
             "shared by the steps of a loop": use.site.trips
@@ -232,7 +231,6 @@ class _Plan:
             "no operation computes its neurons alone, in float32 or bfloat16": not use.rides,
             f"its norm does not run over axes {(*sorted(shared),)}, which are summed": shared,
             "its layers share a gain": long - gains,
-            f"shard_map splits its fan-in axes over {split_over}; jit can do it": split_over,
         }
         return next((reason for reason, holds in reasons.items() if holds), None)
 
@@ -305,7 +303,8 @@ def _initialized(leaf: Any, node: Node | None, found: Any) -> Any:
     """A leaf as it is after the initialization, given its node or, for a bias, its new value."""
     if node is None:
         return rebox(leaf, found.astype(unbox(leaf).dtype))
-    new = jnp.where(found.is_constant, gain(node), found.scale * root(squared_norm(node)))
+    squared_norm = sum_of_squares(node.v, fan_in_axes(node))
+    new = jnp.where(found.is_constant, gain(node), found.scale * root(squared_norm))
     given = unbox_node(leaf)
     if given is None:
         return rebox(leaf, weight(WeightNorm(new, node.v)))

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from wnjax._axes import Decision, Neuron
 from wnjax._data_init import Initialized
 from wnjax._leaves import flatten, unbox, unbox_node
-from wnjax._nodes import LogWeightNorm, Node, fan_in_axes, gain, is_node, scale, squared_norm
+from wnjax._nodes import LogWeightNorm, Node, fan_in_axes, gain, is_node, over_root, sum_of_squares
 from wnjax._walk.trace import is_array
 
 
@@ -158,4 +158,5 @@ def norms(tree: chex.ArrayTree) -> dict[str, dict[str, jax.Array]]:
 
 
 def _norms(node: Node) -> dict[str, jax.Array]:
-    return {"g": gain(node), "scale": scale(node), "v": jnp.sqrt(squared_norm(node))}
+    g, squared_norm = gain(node), sum_of_squares(node.v, fan_in_axes(node))
+    return {"g": g, "scale": over_root(g, squared_norm), "v": jnp.sqrt(squared_norm)}

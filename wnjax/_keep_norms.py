@@ -11,7 +11,7 @@ import optax
 
 from wnjax._axes import Axes, weights_of
 from wnjax._leaves import flatten, rebox, unbox, unbox_node
-from wnjax._nodes import fan_in_axes, norm_dtype, whole
+from wnjax._nodes import fan_in_axes, norm_dtype
 
 
 def keep_norms(axes: Axes = None) -> optax.GradientTransformation:
@@ -89,23 +89,15 @@ def _keep(update: Any, leaf: Any, fan_in: tuple[int, ...]) -> Any:
     if node is None:
         return rebox(update, _projected(unbox(update), unbox(leaf), fan_in))
     boxed, v = unbox(update), unbox_node(leaf).v
-    projected = _projected(node.v, v, fan_in, unbox_node(leaf)[0])
-    return rebox(update, boxed._replace(v=rebox(boxed.v, projected)))
+    return rebox(update, boxed._replace(v=rebox(boxed.v, _projected(node.v, v, fan_in))))
 
 
-def _projected(
-    update: jax.Array, w: jax.Array, fan_in: tuple[int, ...], gain: jax.Array | None = None
-) -> jax.Array:
+def _projected(update: jax.Array, w: jax.Array, fan_in: tuple[int, ...]) -> jax.Array:
     """(w + u)·‖w‖/‖w + u‖ − w, without cancellation."""
-
-    def total(products: jax.Array) -> jax.Array:
-        sums = jnp.sum(products, fan_in, keepdims=True)
-        return sums if gain is None else whole(sums, gain)
-
     wide = norm_dtype(w.dtype)
     u, w = update.astype(wide), w.astype(wide)
-    squared_norm = total(w * w)
-    more = total((2 * w + u) * u)
+    squared_norm = jnp.sum(w * w, fan_in, keepdims=True)
+    more = jnp.sum((2 * w + u) * u, fan_in, keepdims=True)
     tiny = jnp.finfo(wide).tiny
     norm = jnp.sqrt(squared_norm)
     new_norm = jnp.sqrt(jnp.maximum(squared_norm + more, tiny))

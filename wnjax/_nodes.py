@@ -161,32 +161,12 @@ def _over_root_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
     return scale, jnp.where(inverse != 0, dscale, 0)
 
 
-def whole(sums: jax.Array, gain: jax.Array) -> jax.Array:
-    """Sums over all of the fan-in axes, from those over what a `shard_map` gave this device."""
-    mesh_axes = fan_in_mesh_axes(sums, gain)
-    return jax.lax.psum(sums, mesh_axes) if mesh_axes else sums
-
-
-def fan_in_mesh_axes(v: Any, gain: Any) -> tuple[str, ...]:
-    """The mesh axes over which a `shard_map` has split fan-in axes; none outside of it.
-
-    Along those v varies, and the gain does not. With `check_vma=False` nobody knows.
-    """
-    v_varies, gain_varies = (jax.typeof(x).manual_axis_type.varying for x in (v, gain))
-    return tuple(sorted(v_varies - gain_varies))
-
-
-def squared_norm(node: Node) -> jax.Array:
-    """‖v‖², of g's shape, in the dtype of the norms."""
-    return whole(sum_of_squares(node.v, fan_in_axes(node)), node[0])
-
-
 def scale(node: Node) -> jax.Array:
     """g/‖v‖, of g's shape; 0 where ‖v‖² is not `in_range`.
 
     Formed on the small array: XLA then never stores v/‖v‖.
     """
-    return over_root(gain(node), squared_norm(node))
+    return over_root(gain(node), sum_of_squares(node.v, fan_in_axes(node)))
 
 
 def weight(node: Node) -> jax.Array:

@@ -129,14 +129,13 @@ def fold(tree: chex.ArrayTree) -> chex.ArrayTree:
     under- or overflows (in float32: ‖v‖ below 3.2e-16 or above 1.8e19), w and all its
     derivatives are 0, never NaN.
 
-    Under `jit` with sharded arrays every axis may be sharded. Inside `shard_map` too, given the
-    shards of both g and v: where v varies over a mesh axis and g does not, that axis splits the
-    fan-in axes, and sums go over all of it. (`check_vma=False` hides that: keep fan-in axes whole
-    there.)
+    Inside `shard_map`, keep the fan-in axes whole: the norm of a shard is not the norm.
+    Under `jit` with sharded arrays every axis may be sharded.
 
     Args:
-      tree: any pytree, with or without nodes; what is no node is returned as it is. That
-        includes the dicts `{"g": ..., "v": ...}` of a checkpoint restored without a target.
+      tree: any pytree, with or without nodes, of arrays or of their `jax.ShapeDtypeStruct`s;
+        what is no node is returned as it is. That includes the dicts `{"g": ..., "v": ...}`
+        of a checkpoint restored without a target.
 
     Returns:
       `tree` with a weight of v's shape, dtype and box in the place of every node.
@@ -160,7 +159,7 @@ def fold_leaf(path: str, leaf: Any) -> Any:
     if node is None:
         return rebox(leaf, unbox(leaf))
     try:
-        if isinstance(node.v, jax.ShapeDtypeStruct):
+        if any(isinstance(x, jax.ShapeDtypeStruct) for x in node):
             fan_in_axes(node)  # checks that the shapes fit each other
             return rebox(outer_box(leaf), node.v)
         return rebox(outer_box(leaf), weight(node))

@@ -11,6 +11,7 @@ from experiments.config import Config, Mesh, Optimizer, Update
 from experiments.datasets import Data
 from experiments.datasets.digits import digits
 from experiments.networks.layers import ActivationNorm
+from experiments.placement import layout, make_mesh
 from experiments.programs import Programs
 from experiments.tasks.classification import Digits
 from experiments.tasks.language import CharLm
@@ -98,3 +99,62 @@ def moments(state):
 
 def is_adam(x):
     return hasattr(x, "mu")
+
+
+BOTH = ("fsdp", "tensor")
+SPECS = {  # of v; g is whole where its size is 1
+    "cnn": {
+        "Conv_0/kernel": ((), (), (), BOTH),
+        "Conv_1/kernel": ((), (), (), BOTH),
+        "Dense_0/kernel": ((), ("fsdp",)),  # of ten neurons
+        "Dense_0/bias": ((),),
+    },
+    "transformer": {
+        **{
+            f"MultiHeadDotProductAttention_0/{name}/kernel": ((), ("tensor",), ("fsdp",))
+            for name in ("query", "key", "value")
+        },
+        "MultiHeadDotProductAttention_0/out/kernel": (("tensor",), (), ("fsdp",)),
+        "MultiHeadDotProductAttention_0/key/bias": (("tensor",), ("fsdp",)),
+        "Dense_0/kernel": ((), BOTH),
+        "Dense_1/kernel": (("tensor",), ("fsdp",)),
+        "Dense_2/kernel": ((), BOTH),
+        "Embed_0/embedding": ((), BOTH),
+        "positions": ((), BOTH),
+    },
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_where_weights_are_split(name):
+    """In the parameters, and likewise in the optimizer's moments."""
+    config = dataclasses.replace(CONFIGS[name], mesh=MESHES["mixed"])
+    programs = Programs(config, DATA[name]())
+    with jax.set_mesh(programs.mesh):
+        states = jax.eval_shape(programs._init, programs.seeds, programs.train)
+    places = layout(programs.mesh, states, config.task.layouts)
+    for part in (places.params, *moments(places.optimizer)):
+        found = jax.tree_util.tree_leaves_with_path(part)
+        specs = {jax.tree_util.keystr(p, simple=True, separator="/"): x.spec for p, x in found}
+        for path, (*fan_in, features) in SPECS[name].items():
+            is_weight = path.endswith("kernel")
+            assert specs[path + "/v" * is_weight] == jax.P("seeds", *fan_in, features), path
+            if is_weight and "MultiHead" not in path:
+                assert specs[f"{path}/g"] == jax.P("seeds", *[()] * len(fan_in), features)
+
+
+def test_batches_are_split():
+    """By a gather of each device's own rows: none has the activations of all examples."""
+    programs = Programs(dataclasses.replace(CONFIGS["cnn"], mesh=Mesh(data=8)), digits())
+    with jax.set_mesh(programs.mesh):
+        states = programs.init()
+        text = programs._steps.lower(states, programs.train).compile().as_text()
+    assert "f32[2,8,8,8]" in text  # 16 examples over 8 devices, after the first convolution
+    assert "f32[16,8,8,8]" not in text
+
+
+def test_a_rule_that_does_not_fit_says_where():
+    mesh = make_mesh(CONFIGS["cnn"])
+    tree = {"layer": {"kernel": jax.ShapeDtypeStruct((1, 3, 4), np.float32)}}
+    with pytest.raises(ValueError, match=r"layer/kernel: the rule .* more axes than its shape"):
+        layout(mesh, tree, {"kernel": (None, None, "tensor")})

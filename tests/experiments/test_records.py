@@ -4,11 +4,13 @@ import dataclasses
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+from jax.sharding import Mesh
 
 from experiments import records
 from experiments.command_line import Run
-from experiments.config import Config, Mesh, Optimizer
+from experiments.config import Config, Optimizer
 from experiments.networks.layers import ActivationNorm
 from experiments.tasks.classification import Digits
 
@@ -97,16 +99,12 @@ def test_what_changes_no_number_may_be_another(tmp_path):
     assert records.read_about(tmp_path)["config"]["evals_per_save"] == 1  # as it was begun
 
 
-def test_other_devices_are_no_other_run_and_are_told_of(tmp_path, caplog):
+def test_how_the_seeds_were_spread_is_part_of_a_run(tmp_path, monkeypatch):
     records.create(run(tmp_path))
-    mesh = {"seeds": 1, "data": 1, "fsdp": 1, "tensor": 1}
-    assert records.read_about(tmp_path)["device"]["mesh"] == mesh
-    with caplog.at_level("INFO"):
+    assert records.read_about(tmp_path)["device"]["mesh"]["seeds"] == 1
+    monkeypatch.setattr(records, "make_mesh", lambda config: Mesh(np.array([[1, 2]]), ("s", "d")))
+    with pytest.raises(records.RecordError, match=r"device.mesh.d: None there, 2 here"):
         records.create(run(tmp_path))
-        assert not caplog.records
-        records.create(run(tmp_path, dataclasses.replace(CONFIG, mesh=Mesh(data=2))))
-    assert "begun on other devices, so that results differ by rounding" in caplog.text
-    assert records.read_about(tmp_path)["device"]["mesh"] == mesh  # as it was begun
 
 
 def test_the_commit_does_not_make_it_another_run(tmp_path, monkeypatch):
