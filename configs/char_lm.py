@@ -7,8 +7,10 @@ metric is the cross entropy of held-out files in bits a byte. Releases of Python
 sources, so that numbers compare on one alone.
 
 Run:      python -m experiments.train --config=configs/char_lm.py:weight_norm_init
-Expect:   not measured yet
-Time:     not measured yet
+Expect:   after 600 steps, one seed, in bits a byte: plain 2.70, weight_norm 2.70, weight_norm_init
+          2.63, layer_norm 2.58, weight_norm_layer_norm 2.58 (Python 3.11.7). 2,000 steps: not
+          measured.
+Time:     4 to 5 min for 600 steps on 2 CPU cores (x86-64, jax 0.10.2)
 Sweep:    four learning rates for all variants.
 Variants: weight_norm_init, plain, weight_norm, layer_norm, weight_norm_layer_norm, smoke
 """
