@@ -96,9 +96,9 @@ def data_init(  # noqa: PLR0913 - all but fn and params are options, by name
     branch alone, are left alone; a warning and the report say why. Layers under `nn.scan` that have
     weights of their own are initialized each.
 
-    It works inside `jit`; there, the moments of a sharded batch are those of all of it. Give
-    dropout the key, and batch norm the mode, that training begins with: moments are of what `fn`
-    computes.
+    It works inside `jit`, with weights sharded in any way; there, the moments of a sharded batch
+    are those of all of it. Inside `shard_map`, keep the fan-in axes whole. Give dropout the
+    key, and batch norm the mode, that training begins with: moments are of what `fn` computes.
 
     Args:
       fn: the forward function or the loss, of plain weights, as for `neurons`.

@@ -23,7 +23,8 @@ def keep_norms(axes: Axes = None) -> optax.GradientTransformation:
 
     so that only directions are trained: projected, or forced, weight normalization. With nodes, it
     fixes ‖v‖, and with it the effective learning rate of the directions, which else falls as ‖v‖
-    grows. A neuron of zeros has no norm to keep, and takes its first update as it is.
+    grows. A neuron of zeros has no norm to keep, and takes its first update as it is. Inside
+    `shard_map`, keep the fan-in axes whole: the norm of a shard is not the norm.
 
     Source: Salimans & Kingma 2016, https://arxiv.org/abs/1602.07868, section 2.1, on how ‖v‖ grows;
     Karras et al. 2023, https://arxiv.org/abs/2312.02696, section 2.3, for forcing norms.

@@ -55,7 +55,8 @@ def weight_normalized(
     plain step, with v = w from then on. That is so, too, after a step that took g to 0 exactly.
     After one that took it close to 0, w is rounded, and its direction with it, by about
     ulp(w)/|g'|, unless the remainder is kept. g, v and their gradients are float32 or wider,
-    and so is what the optimizer remembers of them.
+    and so is what the optimizer remembers of them. Under `jit` every axis may be sharded; inside
+    `shard_map`, keep the fan-in axes whole.
 
     Args:
       optimizer: any optax transformation. Extra arguments of `update` are passed on to it, but
