@@ -37,7 +37,7 @@ class Programs:
         self.seeds = jax.device_put(seeds, by_seed)
         self._init: Any = jax.jit(self._init_all)
         self._steps: Any = jax.jit(self._advance_all, donate_argnums=0)
-        self._evaluate: Any = jax.jit(self._over_seeds(self._evaluate_after, 2), keep_unused=True)
+        self._evaluate: Any = jax.jit(self._over_seeds(self.trainer.evaluate, 2))
         self._norms: Any = jax.jit(self._over_seeds(self.trainer.norms, 1))
         self._first_failures: Any = jax.jit(self._over_seeds(self.trainer.first_failure, 0))
 
@@ -64,8 +64,7 @@ class Programs:
     def compile(self, states: State) -> None:
         """Compiles what is called again and again, before anything is timed."""
         self._steps = self._steps.lower(states, self.train).compile()
-        start = states, states.loss
-        self._evaluate = self._evaluate.lower(start, self.test, jnp.int32(0)).compile()
+        self._evaluate = self._evaluate.lower(states, self.test, jnp.int32(0)).compile()
         self._norms = self._norms.lower(states, self.train).compile()
         self._first_failures = self._first_failures.lower(states).compile()
 
@@ -91,23 +90,15 @@ class Programs:
         placed: State = jax.lax.with_sharding_constraint(states, places)
         return placed
 
-    def _evaluate_after(
-        self, state: tuple[State, jax.Array], test: Dataset, number: jax.Array
-    ) -> Measures:
-        """Takes a result of the call before as well, so that calls come one after the other.
-
-        Side by side on several devices of a CPU they would wait for each other for ever: some
-        devices in the all-reduce of one call, the others in that of another.
-        """
-        return self.trainer.evaluate(state[0], test, number)
-
     def metrics(self, states: State) -> Metrics:
         """The mean loss since the last evaluation, and the measures of the test set."""
         count = len(next(iter(self.test.values())))
-        sums, after = [], states.loss
+        sums: list[Measures] = []
         for number in range(-(-count // self.config.batch_size)):
-            sums.append(self._evaluate((states, after), self.test, jnp.int32(number)))
-            after = sums[-1]["loss"]
+            # One call at a time: devices of a CPU that are in different ones wait for each other
+            # for ever, some in the all-reduce of one call, the others in that of another.
+            jax.block_until_ready(sums[-1:])
+            sums.append(self._evaluate(states, self.test, jnp.int32(number)))
         test = {f"test_{name}": sum(one[name] for one in sums) / count for name in sums[0]}
         loss = states.loss / self.config.steps_per_eval
         metrics: Metrics = jax.device_get({"loss": loss, **test})
