@@ -97,7 +97,8 @@ class Programs:
         for number in range(-(-count // self.config.batch_size)):
             # One call at a time: devices of a CPU that are in different ones wait for each other
             # for ever, some in the all-reduce of one call, the others in that of another.
-            jax.block_until_ready(sums[-1:])
+            if self.config.mesh.size > 1:
+                jax.block_until_ready(sums[-1:])
             sums.append(self._evaluate(states, self.test, jnp.int32(number)))
         test = {f"test_{name}": sum(one[name] for one in sums) / count for name in sums[0]}
         loss = states.loss / self.config.steps_per_eval

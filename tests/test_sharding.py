@@ -260,3 +260,6 @@ def test_what_does_not_fit_is_refused_of_abstract_trees_too():
     node = wnjax.WeightNorm(jax.ShapeDtypeStruct((4, 2), jnp.float32), kernel)
     with pytest.raises(ValueError, match=r"kernel: g of shape \(4, 2\) does not fit v of shape"):
         wnjax.fold({"kernel": node})
+    node = wnjax.WeightNorm(jax.ShapeDtypeStruct((1, 3), jnp.float32), normal(4, 3))
+    with pytest.raises(TypeError, match="kernel: v is an array, but g a shape"):
+        wnjax.fold({"kernel": node})

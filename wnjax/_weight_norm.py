@@ -142,6 +142,7 @@ def fold(tree: chex.ArrayTree) -> chex.ArrayTree:
 
     Raises:
       ValueError: if the shapes of a node's g and v do not fit each other.
+      TypeError: if v is an array and g only a shape.
 
     >>> import jax.numpy as jnp
     >>> import wnjax
@@ -159,9 +160,11 @@ def fold_leaf(path: str, leaf: Any) -> Any:
     if node is None:
         return rebox(leaf, unbox(leaf))
     try:
-        if any(isinstance(x, jax.ShapeDtypeStruct) for x in node):
+        if isinstance(node.v, jax.ShapeDtypeStruct):
             fan_in_axes(node)  # checks that the shapes fit each other
             return rebox(outer_box(leaf), node.v)
+        if isinstance(node[0], jax.ShapeDtypeStruct):
+            raise TypeError(f"{path or 'the node'}: v is an array, but {node._fields[0]} a shape")
         return rebox(outer_box(leaf), weight(node))
     except ValueError as error:
         raise ValueError(f"{path or 'the node'}: {error}") from error
