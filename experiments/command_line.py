@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 from absl import flags
 from ml_collections import config_flags
 
-from experiments.config import Config, Mesh, Optimizer
+from experiments.config import Cluster, Config, Mesh, Optimizer
 
 
 class ConfigError(ValueError):
@@ -31,7 +31,7 @@ class Run(NamedTuple):
 def usage(task: type | None = None) -> str:
     """What --help prints; with the fields of a task, where a config file names one."""
     parts = [f"Config\n{inspect.cleandoc(Config.__doc__ or '')}"]
-    for name, part in (("optimizer", Optimizer), ("mesh", Mesh)):
+    for name, part in (("optimizer", Optimizer), ("mesh", Mesh), ("cluster", Cluster)):
         parts.append(f"config.{name}\n{inspect.cleandoc(part.__doc__ or '')}")
     if task:
         parts.append(f"config.task: {task.__name__}\n{inspect.cleandoc(task.__doc__ or '')}")
@@ -110,7 +110,7 @@ def _read(arguments: Sequence[str]) -> tuple[Config, list[str], flags.FlagValues
 def _validated(config: Any) -> Config:
     """A new config, so that its checks see what the command line has set."""
     if isinstance(config, Config):
-        names = "task", "optimizer", "mesh"
+        names = "task", "optimizer", "mesh", "cluster"
         parts = {name: dataclasses.replace(getattr(config, name)) for name in names}
         return dataclasses.replace(config, **parts)
     getattr(config, "task", None)  # what stands for a file that cannot be read says so now

@@ -108,6 +108,43 @@ class Mesh:
         return self.data * self.fsdp
 
 
+class Start(enum.Enum):
+    """Whether a process looks for others to train with."""
+
+    OFF = "off"
+    AUTO = "auto"
+    ON = "on"
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
+class Cluster:
+    """The processes that train together, each with devices of its own.
+
+    Attributes:
+      start: off for one process; on for several, which must find one another; auto to look for
+        others where the environment tells of them.
+      devices: that all processes have together; other numbers stop them. 0 for any, with off.
+      timeout: seconds to wait for the others, at the start and when one does not answer any more.
+    """
+
+    start: Start = Start.OFF
+    devices: int = 0
+    timeout: int = 100
+
+    def __post_init__(self) -> None:
+        """Checks the values."""
+        _check_types(self, "cluster.")
+        if self.devices < 0:
+            raise ValueError(f"cluster.devices must not be negative, got {self.devices}")
+        if self.timeout < 1:
+            raise ValueError(f"cluster.timeout must be positive, got {self.timeout}")
+        if self.start is not Start.OFF and not self.devices:
+            raise ValueError(
+                "cluster.devices must say how many devices all processes have together, so that "
+                "processes which do not find one another stop"
+            )
+
+
 @dataclasses.dataclass(slots=True, kw_only=True)
 class Config:
     """One training run.
@@ -134,6 +171,7 @@ class Config:
       ema_decay: of the moving average of the parameters that is evaluated; 0 for none.
       bfloat16: compute in bfloat16; parameters, norms and losses stay in float32.
       mesh: its fields are set by --config.mesh.FIELD.
+      cluster: its fields are set by --config.cluster.FIELD.
       seeds: networks trained side by side, from seed on upwards.
       seed: of the first network: its initialization and its order of examples.
       data_dir: where downloaded data is or goes.
@@ -159,6 +197,7 @@ class Config:
     ema_decay: float = 0.0
     bfloat16: bool = False
     mesh: Mesh = dataclasses.field(default_factory=Mesh)
+    cluster: Cluster = dataclasses.field(default_factory=Cluster)
     seeds: int = 1
     seed: int = 0
     data_dir: str = "data"

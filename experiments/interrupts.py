@@ -1,10 +1,13 @@
-"""Signals that ask a run to stop: it goes on until its state is saved."""
+"""Signals that ask a run to stop: it goes on until its state is saved, in all its processes."""
 
 from __future__ import annotations
 
+import os
 import signal
 from types import FrameType
 from typing import Any
+
+from jax.experimental import multihost_utils
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -30,6 +33,11 @@ class Interrupts:
         """Gives the signals back."""
         self._restore()
 
+    def stops_at(self, step: int) -> bool:
+        """Whether to stop after so many steps."""
+        del step
+        return self.requested
+
     def _note(self, number: int, frame: FrameType | None) -> None:
         del number, frame
         self.requested = True
@@ -38,3 +46,32 @@ class Interrupts:
     def _restore(self) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+
+class Preemptions:
+    """A context for several processes: a SIGTERM to one of them stops all, at the same step.
+
+    JAX has taken that signal over when the processes joined. Ctrl-C counts as one.
+    """
+
+    def __init__(self) -> None:
+        """No step has been taken yet."""
+        self._asked = 0
+
+    def __enter__(self) -> Preemptions:
+        """Takes Ctrl-C over."""
+        self._before = signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Gives Ctrl-C back."""
+        signal.signal(signal.SIGINT, self._before)
+
+    def stops_at(self, step: int) -> bool:
+        """Whether to stop after so many steps; all processes must ask at the same ones."""
+        # JAX sets the stop at one more than the number that any process has asked for last, of
+        # which none may be left out: the steps before a restart are asked for too. Orbax asks the
+        # same, for the step that it saves.
+        asked = range(self._asked + 1, step + 1)
+        self._asked = step
+        return any([multihost_utils.reached_preemption_sync_point(i) for i in asked])

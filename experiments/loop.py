@@ -13,7 +13,8 @@ from tqdm import tqdm
 from experiments import records
 from experiments.boards import Board
 from experiments.checkpoints import Checkpoints
-from experiments.interrupts import Interrupts
+from experiments.cluster import fetch, is_first
+from experiments.interrupts import Interrupts, Preemptions
 from experiments.logs import log
 from experiments.programs import Metrics, Norms, Programs
 from experiments.trainer import State
@@ -35,7 +36,7 @@ class Loop:
         programs: Programs,
         checkpoints: Checkpoints,
         board: Board,
-        interrupts: Interrupts,
+        interrupts: Interrupts | Preemptions,
         workdir: Path,
     ):
         """Takes what a run uses."""
@@ -48,11 +49,12 @@ class Loop:
     def run(self, states: State, seconds: float) -> State:
         """The last states, from states that so many seconds were spent on."""
         config, queued = self.config, None
-        self.step = int(states.step[0])
+        self.step = int(fetch(states.step)[0])
         self._evaluated = time.perf_counter(), self.step  # when and at which step
         self._start = self._evaluated[0] - seconds
-        self._bar = tqdm(total=config.steps, initial=self.step, unit="step", disable=None)
-        while self.step < config.steps and not self.interrupts.requested:
+        is_hidden = None if is_first() else True  # None: where there is no terminal
+        self._bar = tqdm(total=config.steps, initial=self.step, unit="step", disable=is_hidden)
+        while self.step < config.steps and not self.interrupts.stops_at(self.step):
             self._profile()
             with jax.profiler.StepTraceAnnotation("train", step_num=self.step):
                 states, ends = self.programs.steps(states)
@@ -64,7 +66,7 @@ class Loop:
             if self.step % (config.steps_per_eval * config.evals_per_save) == 0:
                 self.checkpoints.save(self.step, states)
         self._bar.close()
-        self._profile()
+        self._profile(is_over=True)
         self._check(states)
         self.checkpoints.save(self.step, states)
         return states
@@ -82,7 +84,8 @@ class Loop:
             **{name: x.tolist() for name, x in metrics.items()},
             "norms": {path: {k: x.tolist() for k, x in one.items()} for path, one in norms.items()},
         }
-        records.append(self.workdir, line)
+        if is_first():
+            records.append(self.workdir, line)
         self.board.write(self.step, metrics, norms)
         self._norms, self._evaluated = norms, (time.perf_counter(), self.step)
         if self._bar.disable:
@@ -108,14 +111,15 @@ class Loop:
             "Lower --config.optimizer.learning_rate, or set --config.optimizer.clip"
         )
 
-    def _profile(self) -> None:
+    def _profile(self, *, is_over: bool = False) -> None:
         """Begins and ends the profile, before a step and after the last one."""
         first, last = self.config.profile
-        is_within = self.step < last and first < self.step + self.config.steps_per_call
+        begins, ends = self.step, self.step + self.config.steps_per_call
+        is_within = not is_over and begins < last and first < ends
         if is_within and not self._profiling:
             jax.profiler.start_trace(str(self.workdir / "profile"))
             self._profiling = True
-        elif self._profiling and (not is_within or self.interrupts.requested):
+        elif self._profiling and not is_within:
             jax.profiler.stop_trace()
             self._profiling = False
 

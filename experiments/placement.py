@@ -12,7 +12,7 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from experiments.command_line import ConfigError
-from experiments.config import Config
+from experiments.config import Config, Start
 
 AXES = "seeds", "data", "fsdp", "tensor"
 BATCH = PartitionSpec(("data", "fsdp"))  # of the examples of a batch
@@ -24,23 +24,37 @@ MeshAxes = str | tuple[str, ...] | None  # of one axis of an array
 
 
 def claim_devices(config: Config) -> None:
-    """Sees to it that there are as many devices as a network is to be spread over.
+    """Sees to it that there are the devices that a config asks for.
 
-    On a CPU, makes as many for every seed: small convolutions keep one core busy alone. That works
-    until JAX is used for the first time; a process that has used it keeps its devices. Settings
-    of JAX or XLA that say how many there are come first.
+    On a CPU, a process by itself makes as many as a network is to be spread over, for every seed:
+    small convolutions keep one core busy alone. That works until JAX is used for the first time; a
+    process that has used it keeps its devices. Settings of JAX or XLA that say how many there are
+    come first.
 
     Raises:
-      ConfigError: if there are fewer.
+      ConfigError: if there are others than `cluster.devices`, fewer than a network needs, or if
+        some would have nothing to do in one of several processes.
     """
     settings: Any = jax.config
     is_said = "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
-    if settings.jax_num_cpu_devices < 0 and not is_said:
+    if settings.jax_num_cpu_devices < 0 and not is_said and config.cluster.start is Start.OFF:
         settings.update("jax_num_cpu_devices", config.seeds * config.mesh.size)
-    if config.mesh.size > jax.device_count():
+    count, processes = jax.device_count(), jax.process_count()
+    if config.cluster.devices not in (0, count):
         raise ConfigError(
-            f"mesh.data · mesh.fsdp · mesh.tensor must be at most {jax.device_count()}, the number "
-            f"of devices, got {config.mesh.size}"
+            f"cluster.devices={config.cluster.devices} are expected and {count} were found, in "
+            f"{processes} processes, {jax.local_device_count()} of them in this one"
+        )
+    if config.mesh.size > count:
+        raise ConfigError(
+            f"mesh.data · mesh.fsdp · mesh.tensor must be at most {count}, the number of devices, "
+            f"got {config.mesh.size}"
+        )
+    if processes > 1 and (used := make_mesh(config).size) < count:
+        raise ConfigError(
+            f"seeds and mesh.data · mesh.fsdp · mesh.tensor use {used} of the {count} devices of "
+            f"{processes} processes, which must all take part: {config.seeds} seeds with "
+            f"{config.mesh.size} devices each"
         )
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 import wnjax
+from experiments.cluster import fetch
 from experiments.config import Config
 from experiments.datasets import Data
 from experiments.placement import layout, make_mesh
@@ -35,6 +36,9 @@ class Programs:
         self.train, self.test = (jax.device_put(dict(split), whole) for split in data)
         seeds = np.arange(config.seed, config.seed + config.seeds, dtype=np.int32)
         self.seeds = jax.device_put(seeds, by_seed)
+        # Devices of a CPU that are in different calls wait for each other for ever, some in the
+        # all-reduce of one call, the others in that of another.
+        self._one_call_at_a_time = config.mesh.size > 1 and jax.default_backend() == "cpu"
         self._init: Any = jax.jit(self._init_all)
         self._steps: Any = jax.jit(self._advance_all, donate_argnums=0)
         self._evaluate: Any = jax.jit(self._over_seeds(self.trainer.evaluate, 2))
@@ -71,6 +75,8 @@ class Programs:
     def steps(self, states: State) -> tuple[State, jax.Array]:
         """`steps_per_call` steps. The states are used up; the second result tells when they end."""
         after: tuple[State, jax.Array] = self._steps(states, self.train)
+        if self._one_call_at_a_time:
+            jax.block_until_ready(after)
         return after
 
     def _init_all(self, seeds: jax.Array, train: Dataset) -> State:
@@ -95,37 +101,35 @@ class Programs:
         count = len(next(iter(self.test.values())))
         sums: list[Measures] = []
         for number in range(-(-count // self.config.batch_size)):
-            # One call at a time: devices of a CPU that are in different ones wait for each other
-            # for ever, some in the all-reduce of one call, the others in that of another.
-            if self.config.mesh.size > 1:
-                jax.block_until_ready(sums[-1:])
             sums.append(self._evaluate(states, self.test, jnp.int32(number)))
+            if self._one_call_at_a_time:
+                jax.block_until_ready(sums[-1])
         test = {f"test_{name}": sum(one[name] for one in sums) / count for name in sums[0]}
         loss = states.loss / self.config.steps_per_eval
-        metrics: Metrics = jax.device_get({"loss": loss, **test})
+        metrics: Metrics = fetch({"loss": loss, **test})
         return metrics
 
     def norms(self, states: State) -> Norms:
         """`Trainer.norms` of all seeds."""
-        found: Norms = jax.device_get(self._norms(states, self.train))
+        found: Norms = fetch(self._norms(states, self.train))
         return found
 
     def first_failures(self, states: State) -> np.ndarray:
         """`Trainer.first_failure` of all seeds."""
-        return np.asarray(jax.device_get(self._first_failures(states)))
+        failures: np.ndarray = fetch(self._first_failures(states))
+        return failures
 
     def pictures(self, states: State) -> dict[str, np.ndarray]:
         """What the task draws with the first network."""
-        first = jax.tree.map(lambda x: x[0], states)
+        first: State = fetch(jax.tree.map(lambda x: x[0], states))
         params = wnjax.fold(self.trainer.weights(first))
         rngs = {name: jax.random.key(i) for i, name in enumerate(("latent", "binarization"))}
 
-        def apply(*arguments: Any, method: str) -> jax.Array:
+        def apply(*arguments: Any, method: str) -> np.ndarray:
             variables = {"params": params, **first.statistics}
             network: Any = self.trainer.network
             call = partial(network.apply, variables, *arguments, method=method, rngs=rngs)
-            outputs: jax.Array = jax.jit(call)()
-            return outputs
+            return np.asarray(fetch(jax.jit(call)()), np.float32)
 
-        few = jax.tree.map(lambda x: x[:100], self.test)
+        few = fetch(jax.tree.map(lambda x: x[:100], self.test))
         return self.config.task.pictures(apply, few)

@@ -1,7 +1,7 @@
 """Run directories: what was run, on what, and its metrics; and how metrics are written out.
 
 run.json        the resolved config and what of it the command line set, package versions, Python,
-                device, and the commit of the source
+                device, the commit of the source, and on how many devices which steps were taken
 metrics.jsonl   one JSON object a line, for every evaluation: step, epoch, seconds,
                 seconds_per_step, a list over the seeds for every metric, and for every weight
                 its norms
@@ -19,7 +19,9 @@ import enum
 import json
 import os
 import platform
+import re
 import subprocess
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -29,11 +31,11 @@ import numpy as np
 
 from experiments.command_line import Run
 from experiments.config import Config
-from experiments.placement import make_mesh
 
 PACKAGES = ("wnjax", "jax", "jaxlib", "flax", "optax", "chex", "numpy")
 COMPARED = ("config", "versions", "device", "data")  # what makes a run the same run
-NOT_COMPARED = ("data_dir", "evals_per_save", "profile", "tensorboard", "published")  # no numbers
+# What changes no numbers, or only their rounding.
+NOT_COMPARED = "data_dir|evals_per_save|profile|tensorboard|published|mesh.*|cluster.*"
 
 
 class RecordError(Exception):
@@ -60,7 +62,7 @@ def create(run: Run) -> None:
         workdir.mkdir(parents=True, exist_ok=True)
         (workdir / "metrics.jsonl").write_text("")
         about |= {"variant": run.variant, "arguments": list(run.arguments), "commit": commit()}
-        (workdir / "run.json").write_text(json.dumps(about, indent=2) + "\n")
+        _write_about(workdir, {**about, "places": []})
     except OSError as error:
         raise RecordError(f"{workdir} cannot be made: {error}; choose another --workdir") from error
 
@@ -75,7 +77,6 @@ def about_run(config: Config) -> dict[str, Any]:
             "platform": device.platform,
             "kind": device.device_kind,
             "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores",
-            "mesh": dict(make_mesh(config).shape),
         },
         "data": config.task.provenance(Path(config.data_dir).expanduser()),
         "metric": config.task.metric,
@@ -126,15 +127,24 @@ def _flatten(about: dict[str, Any]) -> dict[str, Any]:
         return {name: inner for part in parts for name, inner in part.items()}
 
     found = {k: v for part in COMPARED for k, v in walk(part, about.get(part, {})).items()}
-    return {k: v for k, v in found.items() if k.removeprefix("config.") not in NOT_COMPARED}
+    if about.get("device", {}).get("platform") != "cpu":
+        found.pop("device.machine", None)  # the host of an accelerator computes nothing
+    return {k: v for k, v in found.items() if not re.fullmatch(f"config.({NOT_COMPARED})", k)}
 
 
-def rewind(workdir: Path, step: int) -> float:
+def go_on(workdir: Path, step: int, mesh: Mapping[str, int]) -> float:
     """Drops the metrics of later steps, and a line that was cut off while it was written.
+
+    Notes that steps from here on are taken on this mesh, if those before were not.
 
     Returns:
       The seconds that the run had taken at the last evaluation that is left.
     """
+    about, here = read_about(workdir), {"mesh": dict(mesh), "processes": jax.process_count()}
+    places = [place for place in about["places"] if place["step"] < step]
+    if not places or {k: places[-1][k] for k in here} != here:
+        places.append({"step": step, **here})
+    _write_about(workdir, {**about, "places": places})
     file, kept = workdir / "metrics.jsonl", []
     for line in file.read_text().splitlines():
         try:
@@ -172,6 +182,12 @@ def finish(workdir: Path, outcome: str) -> None:
 def read_outcome(workdir: Path) -> str:
     """The line of a finished run."""
     return (workdir / "outcome.txt").read_text().strip()
+
+
+def _write_about(workdir: Path, about: dict[str, Any]) -> None:
+    part = workdir / "run.json.part"
+    part.write_text(json.dumps(about, indent=2) + "\n")
+    part.replace(workdir / "run.json")
 
 
 def append(workdir: Path, metrics: dict[str, Any]) -> None:

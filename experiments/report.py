@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -174,9 +175,20 @@ def conditions(histories: Sequence[History]) -> str:
     for history in histories:
         device, versions = history.about["device"], history.about["versions"]
         names = ", ".join(f"{k} {versions[k]}" for k in ("python", "jax", "flax", "optax"))
-        lines.append(f"{device['platform']} ({device['kind']}; {device['machine']}); {names}")
+        hardware = f"{device['platform']} ({device['kind']}; {device['machine']})"
+        lines.append(f"{hardware}; {places(history)}; {names}")
         lines.extend(f"{name}: {text}" for name, text in history.about["data"].items())
     return "\n".join(dict.fromkeys(lines))
+
+
+def places(history: History) -> str:
+    """On how many devices the steps were taken."""
+    parts = []
+    for place in history.about["places"]:
+        from_step = f"from step {place['step']} on: " if place["step"] else ""
+        devices = math.prod(place["mesh"].values())
+        parts.append(f"{from_step}{devices} devices, {place['processes']} processes")
+    return ", ".join(parts)
 
 
 def results(histories: Sequence[History]) -> dict[str, Any]:
@@ -190,7 +202,8 @@ def results(histories: Sequence[History]) -> dict[str, Any]:
         }
 
     def about(history: History) -> dict[str, Any]:
-        kept = {k: history.about[k] for k in ("commit", "device", "versions", "data", "config")}
+        names = ("commit", "device", "places", "versions", "data", "config")
+        kept = {name: history.about[name] for name in names}
         kept["config"] = {k: x for k, x in kept["config"].items() if k != "data_dir"}
         arguments = [x for x in history.about["arguments"] if not x.startswith(PLACES)]
         return {"command": " ".join(["python -m experiments.train", *arguments]), **kept}

@@ -7,6 +7,7 @@ not, bit for bit, on the same hardware.
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,18 +17,20 @@ import matplotlib.image
 import numpy as np
 
 import wnjax
-from experiments import records
+from experiments import cluster, records
 from experiments.boards import Board
 from experiments.checkpoints import Checkpoints
 from experiments.command_line import ConfigError, Run, parse, usage
 from experiments.config import Config
 from experiments.datasets import Data, DataError, Examples
-from experiments.interrupts import Interrupts
+from experiments.interrupts import Interrupts, Preemptions
 from experiments.logs import log, log_to_stderr
 from experiments.loop import Loop, NotFiniteError
 from experiments.placement import claim_devices
 from experiments.programs import Programs
 from experiments.trainer import State
+
+MISTAKES = (ConfigError, DataError, records.RecordError, NotFiniteError, cluster.ClusterError)
 
 
 def train(run: Run) -> bool:
@@ -41,29 +44,54 @@ def train(run: Run) -> bool:
       DataError: if the data cannot be had.
       RecordError: if the directory holds another run.
       NotFiniteError: if a loss is infinite or NaN. The last checkpoint is kept.
+      ClusterError: if the processes do not find one another, or differ.
     """
     config, workdir = run.config, run.workdir
+    cluster.join(config.cluster)
     claim_devices(config)
-    if records.is_finished(run):
+    data = prepare(run)
+    if data is None:
         log.info("%s is finished", workdir)
         return True
-    data = load(config)
-    records.create(run)
     programs = Programs(config, data)
     with (
         jax.set_mesh(programs.mesh),
-        Interrupts() as interrupts,
+        Preemptions() if jax.process_count() > 1 else Interrupts() as interrupts,
         Checkpoints(workdir) as checkpoints,
-        Board(workdir if config.tensorboard else None) as board,
+        Board(workdir if config.tensorboard and cluster.is_first() else None) as board,
+        cluster.ending_with_others(),
     ):
         states, seconds = begin(programs, checkpoints, workdir)
         loop = Loop(programs, checkpoints, board, interrupts, workdir)
         states = loop.run(states, seconds)
         if done := loop.step == config.steps:
-            save_pictures(programs.pictures(states), workdir / "pictures")
-    if done:
+            pictures = programs.pictures(states)
+    if done and cluster.is_first():
+        save_pictures(pictures, workdir / "pictures")
         records.finish(workdir, outcome(run))
     return done
+
+
+@cluster.ending_with_others()
+def prepare(run: Run) -> Data | None:
+    """The data, and a directory for the results, the same for all processes; None if it is done."""
+    if not cluster.is_first():
+        log.setLevel(logging.WARNING)  # the first one tells what all do
+    with cluster.together():
+        about, is_finished = records.about_run(run.config), records.is_finished(run)
+    cluster.check_same({**about, f"{run.workdir} being finished": is_finished})
+    if is_finished:
+        return None
+    with cluster.together():
+        data = load(run.config)
+    for split in data:
+        cluster.check_same(split)
+    with cluster.together():
+        if cluster.is_first():
+            records.create(run)
+    with cluster.together():
+        records.read_about(run.workdir)  # which all see, if it is shared
+    return data
 
 
 def load(config: Config) -> Data:
@@ -95,10 +123,12 @@ def begin(programs: Programs, checkpoints: Checkpoints, workdir: Path) -> tuple[
     """The states at the last checkpoint, or new ones; and the seconds that the run has taken."""
     config, states = programs.config, programs.init()
     if config.weight_norm:
-        one = jax.tree.map(lambda x: x[0], states.params)
+        one = jax.eval_shape(lambda params: jax.tree.map(lambda x: x[0], params), states.params)
         log.info("the first of %d networks:\n%s", config.seeds, wnjax.summary(one))
     step = checkpoints.latest()
-    seconds = records.rewind(workdir, step or 0)
+    mesh, seconds = programs.mesh.shape, 0.0
+    if cluster.is_first():
+        seconds = records.go_on(workdir, step or 0, mesh)
     if step is not None:
         states = checkpoints.restore(states)
         log.info("going on from step %d", step)
@@ -138,11 +168,11 @@ def main(arguments: Sequence[str]) -> int:
             print(usage(type(parse(rest).config.task) if rest else None))
             return 0
         run = parse(arguments)
-        if train(run):
-            print(records.read_outcome(run.workdir))
-        else:
-            print(f"stopped; the same command goes on: {run.workdir}")
-    except (ConfigError, DataError, records.RecordError, NotFiniteError) as error:
+        is_done = train(run)
+        if cluster.is_first():
+            stopped = f"stopped; the same command goes on: {run.workdir}"
+            print(records.read_outcome(run.workdir) if is_done else stopped)
+    except MISTAKES as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

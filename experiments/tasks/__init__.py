@@ -16,7 +16,7 @@ from experiments.networks.layers import ActivationNorm
 
 Batch = dict[str, jax.Array]  # by name; the first axis counts examples
 Measures = dict[str, jax.Array]  # by name; a value for every example
-Apply = Callable[..., jax.Array]  # the network's methods: apply(*arguments, method=name)
+Apply = Callable[..., np.ndarray]  # the network's methods: apply(*arguments, method=name)
 
 
 class Task(abc.ABC):

@@ -39,17 +39,17 @@ class Generation(Task):
 
     def pictures(self, apply: Apply, batch: Batch) -> dict[str, np.ndarray]:
         """Samples, and pairs of rows: images and their reconstructions."""
-        images = self.inputs(batch)[: SIDE * SIDE // 2]
+        images = np.asarray(self.inputs(batch))[: SIDE * SIDE // 2]
         again = apply(images, method="reconstruct")
         starts = range(0, len(images), SIDE)
-        rows = jnp.concatenate([x[i : i + SIDE] for i in starts for x in (images, again)])
+        rows = np.concatenate([x[i : i + SIDE] for i in starts for x in (images, again)])
         samples = apply(SIDE * SIDE, method="sample")
         return {"reconstructions": grid(rows, SIDE), "samples": grid(samples, SIDE)}
 
 
-def grid(images: jax.Array, columns: int) -> np.ndarray:
+def grid(images: np.ndarray, columns: int) -> np.ndarray:
     """One picture (height, width, channels) of images (n, h, w, channels), row after row."""
-    tiles = np.asarray(images[: len(images) // columns * columns])
+    tiles = images[: len(images) // columns * columns]
     _, height, width, channels = tiles.shape
     tiles = tiles.reshape(-1, columns, height, width, channels).transpose(0, 2, 1, 3, 4)
     return tiles.reshape(-1, columns * width, channels)
@@ -181,13 +181,13 @@ class MnistDraw(OnMnist):
 
     def pictures(self, apply: Apply, batch: Batch) -> dict[str, np.ndarray]:
         """The canvas over the steps, a row an image: drawn from data, and from the prior."""
-        images = self.inputs(batch)[:SIDE]
+        images = np.asarray(self.inputs(batch))[:SIDE]
         canvases = {
             "reconstructions": apply(images, method="reconstruct"),
             "samples": apply(SIDE, method="sample"),
         }
         steps = np.linspace(0, self.glimpses - 1, min(SIDE, self.glimpses)).round().astype(int)
         return {
-            name: grid(jnp.concatenate(jnp.swapaxes(canvas[steps], 0, 1)), len(steps))
+            name: grid(np.concatenate(np.swapaxes(canvas[steps], 0, 1)), len(steps))
             for name, canvas in canvases.items()
         }

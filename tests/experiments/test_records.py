@@ -4,13 +4,11 @@ import dataclasses
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
-from jax.sharding import Mesh
 
 from experiments import records
 from experiments.command_line import Run
-from experiments.config import Config, Optimizer
+from experiments.config import Config, Mesh, Optimizer
 from experiments.networks.layers import ActivationNorm
 from experiments.tasks.classification import Digits
 
@@ -51,9 +49,9 @@ def test_rewinding_drops_what_comes_later(tmp_path):
         records.append(tmp_path, {"step": step, "seconds": step / 10})
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 40, "sec')  # the process was killed here
-    assert records.rewind(tmp_path, 20) == 2.0
+    assert records.go_on(tmp_path, 20, {}) == 2.0
     assert [line["step"] for line in records.read_metrics(tmp_path)] == [10, 20]
-    assert records.rewind(tmp_path, 0) == 0.0
+    assert records.go_on(tmp_path, 0, {}) == 0.0
     assert (tmp_path / "metrics.jsonl").read_text() == ""
 
 
@@ -99,12 +97,30 @@ def test_what_changes_no_number_may_be_another(tmp_path):
     assert records.read_about(tmp_path)["config"]["evals_per_save"] == 1  # as it was begun
 
 
-def test_how_the_seeds_were_spread_is_part_of_a_run(tmp_path, monkeypatch):
+def test_other_devices_may_go_on_and_leave_a_trace(tmp_path):
+    one, eight = {"seeds": 1, "data": 1}, {"seeds": 1, "data": 8}
     records.create(run(tmp_path))
-    assert records.read_about(tmp_path)["device"]["mesh"]["seeds"] == 1
-    monkeypatch.setattr(records, "make_mesh", lambda config: Mesh(np.array([[1, 2]]), ("s", "d")))
-    with pytest.raises(records.RecordError, match=r"device.mesh.d: None there, 2 here"):
-        records.create(run(tmp_path))
+    for step, mesh in ((0, one), (10, eight), (30, eight), (40, one), (30, one)):  # killed after 40
+        records.go_on(tmp_path, step, mesh)
+    config = dataclasses.replace(CONFIG, mesh=Mesh(data=8), batch_size=64)
+    config.cluster.devices = 8
+    records.create(run(tmp_path, config))
+    assert records.read_about(tmp_path)["places"] == [
+        {"step": 0, "mesh": one, "processes": 1},
+        {"step": 10, "mesh": eight, "processes": 1},
+        {"step": 30, "mesh": one, "processes": 1},
+    ]
+
+
+@pytest.mark.parametrize(("platform", "same"), [("cpu", False), ("tpu", True)])
+def test_the_host_of_an_accelerator_may_be_another(platform, same, tmp_path):
+    records.create(run(tmp_path))
+    about = records.read_about(tmp_path)
+    here, there = (
+        {**about, "device": {"platform": platform, "kind": "v5e", "machine": machine}}
+        for machine in ("24 cores", "112 cores")
+    )
+    assert (records._flatten(here) == records._flatten(there)) == same
 
 
 def test_the_commit_does_not_make_it_another_run(tmp_path, monkeypatch):
