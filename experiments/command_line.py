@@ -64,7 +64,7 @@ def choose(choices: Mapping[str, _T], name: str) -> _T:
       ValueError: if there is none; the message names the nearest and lists all.
     """
     if name not in choices:
-        raise ValueError(f"unknown variant {name!r}{_hint(name, choices)}")
+        raise ValueError(f"unknown variant {name!r}{hint(name, choices)}")
     return choices[name]
 
 
@@ -134,7 +134,7 @@ def _check_names(arguments: Sequence[str], config: Config | None) -> None:
     names = [arg.lstrip("-").split("=")[0] for arg in arguments if arg.startswith("-")]
     for name in names:
         if name not in known and (config is not None or not name.startswith("config.")):
-            raise ConfigError(f"unknown flag --{name}{_hint(name, known, prefix='--')}")
+            raise ConfigError(f"unknown flag --{name}{hint(name, known, prefix='--')}")
     if "config" not in names:
         raise ConfigError("--config=FILE is missing, such as --config=configs/digits.py")
 
@@ -146,12 +146,13 @@ def _explain(error: BaseException) -> str:
         error, message = inner, str(inner).strip().split("\n")[-1].strip() or message
     if unknown := re.search(r"(?:keyword argument|has no attribute) '(\w+)'", message):
         name = unknown.group(1)
-        message += _hint(name, [field.name for field in dataclasses.fields(Config)])
+        message += hint(name, [field.name for field in dataclasses.fields(Config)])
     flag = re.match(r"flag (--[\w.]+=\S*?):? ", first)
     return f"{flag.group(1)}: {message}" if flag else message
 
 
-def _hint(name: str, known: Iterable[str], prefix: str = "") -> str:
+def hint(name: str, known: Iterable[str], prefix: str = "") -> str:
+    """The end of a message on an unknown name: the nearest that there is, and all."""
     near = difflib.get_close_matches(name, known := list(known), n=1)
     guess = f"; did you mean {prefix}{near[0]}?" if near else "."
     return f"{guess} There are: {', '.join(prefix + choice for choice in known)}"

@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import importlib.util
 import shlex
-import subprocess
 import sys
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from experiments import records
+from experiments.apart import train_apart
 from experiments.command_line import ConfigError, Run, parse, shell_value
 from experiments.interrupts import Interrupts
 from experiments.logs import log, log_to_stderr
@@ -37,11 +36,25 @@ class Entry(NamedTuple):
     """One run of a sweep, and the arguments of experiments.train that say so."""
 
     run: Run
-    arguments: list[str]
+    arguments: list[str]  # the config file first
+
+    @classmethod
+    def of(cls, arguments: Sequence[str]) -> Entry:
+        """The run of a command line.
+
+        Raises:
+          ConfigError: if it does not parse.
+        """
+        run = parse(arguments)
+        return cls(run, sorted(arguments, key=lambda one: not one.startswith("--config=")))
+
+    def words(self) -> list[str]:
+        """The whole command."""
+        return ["python", "-m", "experiments.train", *self.arguments]
 
     def command(self) -> str:
-        """The whole command."""
-        return shlex.join(["python", "-m", "experiments.train", *self.arguments])
+        """The whole command, as a shell takes it."""
+        return shlex.join(self.words())
 
 
 def entries(arguments: Sequence[str]) -> list[Entry]:
@@ -51,7 +64,7 @@ def entries(arguments: Sequence[str]) -> list[Entry]:
       ConfigError: if the file has no sweep, or for the first run that does not parse, or if two
         runs are the same.
     """
-    arguments = _joined(arguments)
+    arguments = joined(arguments)
     named = [argument for argument in arguments if argument.startswith("--config=")]
     if len(named) != 1:
         raise ConfigError("--config=FILE is missing, such as --config=configs/digits.py")
@@ -66,7 +79,7 @@ def entries(arguments: Sequence[str]) -> list[Entry]:
     return found
 
 
-def _joined(arguments: Sequence[str]) -> list[str]:
+def joined(arguments: Sequence[str]) -> list[str]:
     """--flag=VALUE for each --flag VALUE."""
     found: list[str] = []
     for argument in arguments:
@@ -110,7 +123,7 @@ def _entry(name: str, changes: Mapping[str, Any], common: Sequence[str], folder:
         *common,
         f"--workdir={workdir}",
     ]
-    return Entry(parse(arguments), arguments)
+    return Entry.of(arguments)
 
 
 def execute(sweep: Sequence[Entry]) -> list[str]:
@@ -125,23 +138,11 @@ def execute(sweep: Sequence[Entry]) -> list[str]:
             status = 0
             if not interrupts.requested:
                 log.info("%d of %d: %s", i, len(sweep), entry.command())
-                status = train_apart(entry.arguments, interrupts)
+                status = train_apart(entry.arguments, interrupts)[0]
             if status or not records.has_outcome(entry.run.workdir):
                 log.info("%d of %d: not finished (exit status %d)", i, len(sweep), status)
                 unfinished.append(entry.command())
     return unfinished
-
-
-def train_apart(arguments: Sequence[str], interrupts: Interrupts) -> int:
-    """Runs experiments.train in a process of its own; returns its exit status."""
-    command = [sys.executable, "-m", "experiments.train", *arguments]
-    # In a session of its own a process does not get the terminal's Ctrl-C as well.
-    with subprocess.Popen(command, start_new_session=True) as process:
-        while process.poll() is None and not interrupts.requested:
-            time.sleep(0.1)
-        if interrupts.requested:
-            process.terminate()
-        return process.wait()
 
 
 def main(arguments: Sequence[str]) -> int:
