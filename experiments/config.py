@@ -152,6 +152,8 @@ class Config:
     Attributes:
       task: data, network and loss; its fields are set by --config.task.FIELD.
       weight_norm: train g and v in place of the weights.
+      in_optimizer: with weight norm, keep the weights as parameters, and g and v in the optimizer:
+        wnjax.weight_normalized.
       v_std: with weight norm, the standard deviation of the entries of every v at the start, to
         which it is scaled; the smaller, the further a step turns it. 0 for that of the weights.
       norm: what normalizes activations: none, batch, mean_only or layer.
@@ -182,6 +184,7 @@ class Config:
 
     task: Task
     weight_norm: bool = False
+    in_optimizer: bool = False
     v_std: float = 0.0
     norm: ActivationNorm = ActivationNorm.NONE
     init_examples: int = 0
@@ -215,6 +218,8 @@ class Config:
                     f"{many} must be a multiple of {few}, got {getattr(self, many)} and "
                     f"{getattr(self, few)}"
                 )
+        if self.in_optimizer and (not self.weight_norm or self.v_std):
+            raise ValueError("in_optimizer needs weight_norm, and v_std=0: v begins as the weight")
         if self.norm not in self.task.norms:
             names = ", ".join(norm.value for norm in self.task.norms)
             raise ValueError(f"norm must be one of {names} for this task, got {self.norm.value}")

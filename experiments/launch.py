@@ -20,7 +20,6 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from experiments.apart import train_apart
-from experiments.cluster import COUNT, INDEX
 from experiments.command_line import ConfigError
 from experiments.config import Config
 from experiments.interrupts import Interrupts
@@ -81,19 +80,6 @@ class Launch(NamedTuple):
             *("--worker=all", f"--command=cd wnjax && {train} > train.log 2>&1"),
         ]
 
-    def local(self, index: int, port: int) -> dict[str, str]:
-        """The environment of one of several processes on this machine."""
-        address, each = f"127.0.0.1:{port}", self.place.devices // self.place.processes
-        found = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(each)} if each else {}
-        if self.place.is_cluster:
-            found |= {
-                "JAX_COORDINATOR_ADDRESS": address,
-                "JAX_COORDINATOR_BIND_ADDRESS": address,  # not on all interfaces
-                COUNT: str(self.place.processes),
-                INDEX: str(index),
-            }
-        return found
-
     def commands(self) -> dict[str, str]:
         """By what it is for, each command as a shell takes it."""
         train = self.entry.command()
@@ -101,7 +87,7 @@ class Launch(NamedTuple):
             return {"here": train}
         if self.place.processes:
             lines = [
-                f"{_assignments(self.local(index, PORT))} {train}"
+                f"{_assignments(self.place.local(index, PORT))} {train}"
                 for index in range(self.place.processes)
             ]
             return {"here": " &\n".join(lines)}
@@ -206,7 +192,7 @@ def run_here(launch: Launch) -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    environments = [launch.local(index, port) for index in range(launch.place.processes)]
+    environments = [launch.place.local(index, port) for index in range(launch.place.processes)]
     patience = 2 * launch.entry.run.config.cluster.timeout
     with Interrupts() as interrupts:
         statuses = train_apart(launch.entry.arguments, interrupts, environments, patience)

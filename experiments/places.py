@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from experiments.cluster import COUNT, INDEX
 from experiments.command_line import ConfigError, hint, parse
 
 FOLDER = Path("configs/launch")
@@ -57,6 +58,19 @@ class Place(NamedTuple):
     is_cluster: bool
     task: Mapping[str, Any]
     processes: int
+
+    def local(self, index: int, port: int) -> dict[str, str]:
+        """The environment of one of several processes on this machine."""
+        address, each = f"127.0.0.1:{port}", self.devices // self.processes
+        found = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(each)} if each else {}
+        if self.is_cluster:
+            found |= {
+                "JAX_COORDINATOR_ADDRESS": address,
+                "JAX_COORDINATOR_BIND_ADDRESS": address,  # not on all interfaces
+                COUNT: str(self.processes),
+                INDEX: str(index),
+            }
+        return found
 
 
 def read_place(name: str) -> Place:

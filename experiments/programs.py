@@ -96,6 +96,14 @@ class Programs:
         placed: State = jax.lax.with_sharding_constraint(states, places)
         return placed
 
+    def summary(self, states: State) -> str:
+        """Which weights of a network are normalized, a line each."""
+        first: State = jax.eval_shape(lambda: jax.tree.map(lambda x: x[0], states))
+        few = jax.eval_shape(lambda: jax.tree.map(lambda x: x[:2], self.train))
+        is_plain = self.config.in_optimizer
+        what = self.trainer.axes(first.params, first.statistics, few) if is_plain else first.params
+        return wnjax.summary(what)
+
     def metrics(self, states: State) -> Metrics:
         """The mean loss since the last evaluation, and the measures of the test set."""
         count = len(next(iter(self.test.values())))

@@ -16,7 +16,6 @@ import jax
 import matplotlib.image
 import numpy as np
 
-import wnjax
 from experiments import cluster, records
 from experiments.boards import Board
 from experiments.checkpoints import Checkpoints
@@ -123,8 +122,7 @@ def begin(programs: Programs, checkpoints: Checkpoints, workdir: Path) -> tuple[
     """The states at the last checkpoint, or new ones; and the seconds that the run has taken."""
     config, states = programs.config, programs.init()
     if config.weight_norm:
-        one = jax.eval_shape(lambda params: jax.tree.map(lambda x: x[0], params), states.params)
-        log.info("the first of %d networks:\n%s", config.seeds, wnjax.summary(one))
+        log.info("the first of %d networks:\n%s", config.seeds, programs.summary(states))
     step = checkpoints.latest()
     mesh, seconds = programs.mesh.shape, 0.0
     if cluster.is_first():

@@ -42,7 +42,6 @@ class Trainer:
         self.config = config
         dtype = jnp.bfloat16 if config.bfloat16 else None
         self.network = config.task.network(config.norm, dtype)
-        self.optimizer = config.optimizer.make(config.steps)
         self.average = optax.ema(config.ema_decay) if config.ema_decay else None
 
     def init(self, seed: jax.Array, train: Dataset) -> State:
@@ -54,8 +53,8 @@ class Trainer:
         rngs = {"params": init_key, **_rngs(noise_key)}
         variables = self.network.init(rngs, task.inputs(few), train=True)
         params = variables.pop("params")
-        if config.weight_norm:
-            axes = wnjax.neurons(self.forward, params, variables, few, noise_key, train=True)
+        if config.weight_norm and not config.in_optimizer:
+            axes = self.axes(params, variables, few)
             params = _scale_v(wnjax.weight_norm(params, axes), config.v_std)
         if config.init_examples:
             shape, n = (config.init_examples,), len(next(iter(train.values())))
@@ -72,11 +71,22 @@ class Trainer:
             noise=jax.random.key_data(training_key),
             params=params,
             statistics=variables,
-            optimizer=self.optimizer.init(params),
+            optimizer=self.optimizer(params, variables, few).init(params),
             average=self.average.init(params) if self.average else None,
             loss=jnp.float32(0),
             failed=jnp.int32(-1),
         )
+
+    def axes(self, params: Any, statistics: Any, few: Batch) -> Any:
+        """Which axes of which weights are those of neurons, by a trace of the network."""
+        return wnjax.neurons(self.forward, params, statistics, few, jax.random.key(0), train=True)
+
+    def optimizer(self, params: Any, statistics: Any, few: Batch) -> optax.GradientTransformation:
+        """What updates the parameters."""
+        optimizer = self.config.optimizer.make(self.config.steps)
+        if not self.config.in_optimizer:
+            return optimizer
+        return wnjax.weight_normalized(optimizer, self.axes(params, statistics, few))
 
     def forward(
         self, params: Any, statistics: Any, batch: Batch, key: jax.Array, *, train: bool
@@ -104,8 +114,10 @@ class Trainer:
             return measures["loss"].mean(), statistics
 
         (value, statistics), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
-        updates, optimizer = self.optimizer.update(grads, state.optimizer, state.params)
-        return value, statistics, updates, optimizer
+        few = jax.tree.map(lambda x: x[:2], batch)
+        optimizer = self.optimizer(state.params, state.statistics, few)
+        updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
+        return value, statistics, updates, optimizer_state
 
     def step(self, state: State, batch: Batch) -> State:
         """One step of one network."""
@@ -175,18 +187,17 @@ class Trainer:
         """For every weight, over its neurons: the mean ‖v‖, g, and effective step size.
 
         The latter is ‖Δv‖/‖v‖ for the update that the next step would make: how far directions
-        turn. Without weight norm, v is the weight itself and there is no g.
+        turn. Without weight norm, or with it in the optimizer, v is the weight, and there is no g.
         """
         rows = self.indices(state, train, 1)[0]
         batch = self.share(jax.tree.map(lambda x: x[rows], train))
         _, _, updates, _ = self.updates(state, batch)
-        if self.config.weight_norm:
+        if self.config.weight_norm and not self.config.in_optimizer:
             found = wnjax.norms(state.params)
             change = {path: norms["v"] for path, norms in wnjax.norms(updates).items()}
         else:
             few = jax.tree.map(lambda x: x[:2], batch)
-            arguments = state.params, state.statistics, few, jax.random.key(0)
-            axes = wnjax.neurons(self.forward, *arguments, train=True)
+            axes = self.axes(state.params, state.statistics, few)
             found = {path: {"v": norms} for path, norms in _lengths(state.params, axes).items()}
             change = _lengths(updates, axes)
         return {

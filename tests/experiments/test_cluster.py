@@ -1,0 +1,121 @@
+"""Two processes of four virtual devices each: what one has, and how they end together."""
+
+import json
+
+import numpy as np
+import pytest
+
+from experiments import launch, records
+from experiments.checkpoints import Checkpoints
+from experiments.cluster import ClusterError, join
+from experiments.command_line import ConfigError
+from experiments.config import Cluster, Config, Mesh, Start
+from experiments.placement import claim_devices
+from experiments.tasks.classification import Digits
+from tests.experiments.losses import CONFIGS, FORMS, losses
+from tests.experiments.processes import run_two
+from tests.experiments.test_train import assert_same_outcome
+
+TRAIN = "tests.experiments.processes"
+ARGUMENTS = (
+    *("--config=configs/digits.py:plain", "--config.seeds=1", "--config.task.widths=(4,)"),
+    *("--config.batch_size=8", "--config.test_examples=16", "--config.mesh.data=8"),
+    *("--config.steps_per_eval=2", "--config.steps_per_call=1", "--config.evals_per_save=1"),
+    *("--config.cluster.start=on", "--config.cluster.devices=8", "--config.cluster.timeout=5"),
+)
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    """Compiled programs, for the processes of one worker."""
+    return tmp_path_factory.mktemp("cluster_cache")
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_losses_are_those_of_one_device(name, form, cache):
+    """Fifty steps over all three axes of a mesh, with initialization from the global batch."""
+    first, second = run_two("tests.experiments.losses", [name, form], cache=cache)
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr
+    found = json.loads(first.stdout.splitlines()[-1])
+    np.testing.assert_allclose(found, losses(name, Mesh(), form)[0], rtol=1e-5)
+
+
+def test_one_of_two_is_killed_and_both_go_on_exactly(cache, tmp_path, capfd, monkeypatch):
+    """The reference is a whole run, launched as a user does."""
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # as below: bits depend on it
+    steps = (*ARGUMENTS, "--config.steps=8")
+    whole, run = (f"--workdir={tmp_path / name}" for name in ("whole", "run"))
+    assert launch.main([*steps, whole, "--on=local:2x4", "--run"]) == 0
+    out = [line for line in capfd.readouterr().out.splitlines() if "test_error" in line]
+    assert len(out) == 1  # of the first process alone
+    survivor, killed = run_two(TRAIN, [*steps, run], cache=cache, end_at="SIGKILL:5")
+    assert killed.returncode == -9
+    # Of itself, or by JAX when it hears no more of the other.
+    assert survivor.returncode in (75, -6), survivor.stderr
+    assert "one of which may have ended" in survivor.stderr or "task died" in survivor.stderr
+    for done in run_two(TRAIN, [*steps, run], cache=cache):
+        assert done.returncode == 0, done.stderr
+    assert_same_outcome(steps, tmp_path / "whole", tmp_path / "run")
+    assert records.read_about(tmp_path / "run")["places"] == [
+        {"step": 0, "mesh": {"seeds": 1, "data": 8, "fsdp": 1, "tensor": 1}, "processes": 2}
+    ]
+
+
+def test_a_signal_to_one_of_two_stops_both_at_one_step(cache, tmp_path):
+    """In time: the run would take hours."""
+    steps = (*ARGUMENTS, "--config.steps=1000000", f"--workdir={tmp_path}")
+    first, second = run_two(TRAIN, steps, cache=cache, end_at="SIGTERM:3")
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
+    assert "stopped; the same command goes on" in first.stdout
+    with Checkpoints(tmp_path) as checkpoints:  # of both: otherwise they would wait for ever
+        assert checkpoints.latest() >= 3
+
+
+def test_processes_that_differ_stop_before_anything_is_written(cache, tmp_path):
+    steps = (*ARGUMENTS, "--config.steps=8", f"--workdir={tmp_path / 'run'}")
+    for done in run_two(TRAIN, steps, (*steps, "--config.seed=1"), cache=cache):
+        assert done.returncode == 2
+        assert "error: config: process 1 has another value than process 0" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_mistake_of_one_stops_all(cache, tmp_path):
+    (tmp_path / "file").write_text("")
+    steps = (*ARGUMENTS, "--config.steps=8")
+    workdirs = (f"--workdir={tmp_path / name}" for name in ("run", "file"))
+    first, second = run_two(TRAIN, *([*steps, one] for one in workdirs), cache=cache)
+    assert (first.returncode, second.returncode) == (2, 2)
+    assert first.stderr.endswith("error: process 1 failed; what it printed says why\n")
+    assert "file holds no run" in second.stderr
+
+
+def test_a_process_that_should_not_be_alone_stops(monkeypatch):
+    alone = Cluster(start=Start.ON, devices=8)
+    with pytest.raises(ClusterError, match=r"were not found: .*--config.cluster.start=off"):
+        join(alone)
+    monkeypatch.setenv("WNJAX_PROCESS_COUNT", "two")
+    with pytest.raises(ClusterError, match="invalid literal"):
+        join(alone)
+
+
+@pytest.mark.parametrize(
+    ("cluster", "text"),
+    [
+        ({"devices": 16}, r"cluster.devices=16 are expected and 8 were found, in 1 processes"),
+        ({"start": Start.ON}, "cluster.devices must say how many devices"),
+        ({"timeout": 0}, "cluster.timeout must be positive"),
+        ({"devices": -1}, "cluster.devices must not be negative"),
+    ],
+)
+def test_devices_are_counted(cluster, text):
+    with pytest.raises((ConfigError, ValueError), match=text):
+        claim_devices(Config(task=Digits(), cluster=Cluster(**cluster)))
+
+
+def test_all_processes_must_have_work(monkeypatch):
+    monkeypatch.setattr("jax.process_count", lambda: 2)
+    with pytest.raises(ConfigError, match="use 4 of the 8 devices of 2 processes, which must all"):
+        claim_devices(Config(task=Digits(), mesh=Mesh(data=4)))
