@@ -83,6 +83,10 @@ def parse(arguments: Sequence[str]) -> Run:
     name, _, variant = config_flags.get_config_filename(values["config"]).partition(":")
     variant = variant or "default"
     workdir = values.workdir or Path("runs", Path(name).stem, variant)
+    if "://" in str(workdir):
+        raise ConfigError(
+            f"--workdir={workdir} must be a directory; mount the bucket, and give its mount point"
+        )
     return Run(config, Path(workdir), variant, tuple(arguments))
 
 

@@ -48,7 +48,7 @@ class Launch(NamedTuple):
 
     entry: Entry
     place: Place
-    bucket: str
+    bucket: str  # where task files put the results; empty if nothing says so
 
     @property
     def environment(self) -> dict[str, str]:
@@ -62,7 +62,7 @@ class Launch(NamedTuple):
         """SkyPilot's command: a managed job, which goes on after preemptions, or a cluster."""
         task = self.place.task
         is_managed = task["resources"].get("use_spot", False)
-        environment = {**self.environment, "BUCKET": self.bucket}
+        environment = {**self.environment, "BUCKET": self.bucket or "NAME"}
         return [
             *(["sky", "jobs", "launch"] if is_managed else ["sky", "launch"]),
             *(["--detach-run"] if is_managed else [f"--cluster={task['name']}"]),
@@ -117,12 +117,11 @@ def launches(arguments: Sequence[str]) -> list[Launch]:
     if not ours["on"]:
         raise ConfigError("--on=PLACE is missing, such as --on=configs/launch/tpu-v5e-8.yaml")
     place = read_place(ours["on"])
-    if place.task and not ours["bucket"]:
-        raise ConfigError("--bucket=NAME is missing: where results go, for all hosts")
     if ours["bucket"] and not place.task:
         raise ConfigError(f"--bucket is for task files; --on={place.name} takes --workdir=DIR")
     found = entries(others) if ours["sweep"] else [Entry.of(others)]
-    return [Launch(_fit(entry, place), place, ours["bucket"]) for entry in found]
+    bucket = ours["bucket"] or str(place.task.get("envs", {}).get("BUCKET", ""))
+    return [Launch(_fit(entry, place), place, bucket) for entry in found]
 
 
 def _fit(entry: Entry, place: Place) -> Entry:
@@ -138,9 +137,9 @@ def _fit(entry: Entry, place: Place) -> Entry:
     named, *rest = entry.arguments
     rest = [argument for argument in rest if not argument.startswith("--workdir=")]
     folder = f"{RESULTS}/{entry.run.workdir}" if place.task else entry.run.workdir
-    if unsafe := [x for x in rest if UNSAFE & set(x)]:
-        raise ConfigError(f"arguments must be without spaces and signs of the shell: {unsafe}")
     arguments = [named, *rest, *added, f"--workdir={folder}"]
+    if unsafe := [argument for argument in arguments if UNSAFE & set(argument)]:
+        raise ConfigError(f"arguments must be without spaces and signs of the shell: {unsafe}")
     return Entry.of(arguments)
 
 
@@ -179,6 +178,8 @@ def execute(launch: Launch) -> int:
     place = launch.place
     if place.processes:
         return run_here(launch)
+    if place.task and not launch.bucket:
+        raise ConfigError("--bucket=NAME is missing: where the results go, of all hosts")
     command = launch.sky() if place.task else ["sbatch", place.name]
     environment = {} if place.task else launch.environment
     if shutil.which(command[0]) is None:

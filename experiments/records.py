@@ -21,6 +21,7 @@ import os
 import platform
 import re
 import subprocess
+import time
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
@@ -65,6 +66,21 @@ def create(run: Run) -> None:
         _write_about(workdir, {**about, "places": []})
     except OSError as error:
         raise RecordError(f"{workdir} cannot be made: {error}; choose another --workdir") from error
+
+
+def await_run(workdir: Path, seconds: float) -> None:
+    """Waits until this process sees the run that the first one has made.
+
+    Raises:
+      RecordError: if it does not in so many seconds.
+    """
+    deadline = time.monotonic() + seconds  # a file system of many machines may take some
+    while not (workdir / "run.json").exists():
+        if time.monotonic() > deadline:
+            raise RecordError(
+                f"{workdir} is not seen by all processes: give a --workdir that all machines share"
+            )
+        time.sleep(0.1)
 
 
 def about_run(config: Config) -> dict[str, Any]:

@@ -89,7 +89,7 @@ def prepare(run: Run) -> Data | None:
         if cluster.is_first():
             records.create(run)
     with cluster.together():
-        records.read_about(run.workdir)  # which all see, if it is shared
+        records.await_run(run.workdir, run.config.cluster.timeout)
     return data
 
 

@@ -89,7 +89,7 @@ def test_a_mistake_of_one_stops_all(cache, tmp_path):
     first, second = run_two(TRAIN, *([*steps, one] for one in workdirs), cache=cache)
     assert (first.returncode, second.returncode) == (2, 2)
     assert first.stderr.endswith("error: process 1 failed; what it printed says why\n")
-    assert "file holds no run" in second.stderr
+    assert "file is not seen by all processes: give a --workdir that all" in second.stderr
 
 
 def test_a_process_that_should_not_be_alone_stops(monkeypatch):
