@@ -62,6 +62,8 @@ def make_mesh(config: Config) -> Mesh:
     """The seeds spread evenly over as many devices as there are, with `config.mesh` for each."""
     sizes = config.mesh
     most = jax.device_count() // sizes.size
+    if sizes.batch_parts > 1 and sizes.tensor > 1:
+        most = 1  # XLA aborts on groups of these, with jax 0.10.2 and 0.12.0
     groups = max(n for n in range(1, config.seeds + 1) if config.seeds % n == 0 and n <= most)
     shape = groups, sizes.data, sizes.fsdp, sizes.tensor
     devices = jax.devices()[: math.prod(shape)]

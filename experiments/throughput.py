@@ -35,7 +35,8 @@ def plain_loop(config: Config, data: Data) -> Callable[[int], None]:
     """So many steps of the plain loop, for a network without weight norm."""
     trainer = Trainer(config)
     start = trainer.init(jnp.int32(config.seed), {k: jnp.asarray(x) for k, x in data.train.items()})
-    state = TrainState.create(apply_fn=None, params=start.params, tx=trainer.optimizer)
+    optimizer = config.optimizer.make(config.steps)
+    state = TrainState.create(apply_fn=None, params=start.params, tx=optimizer)
     statistics, random = start.statistics, np.random.default_rng(config.seed)
     count = len(next(iter(data.train.values())))
 

@@ -13,7 +13,7 @@ from experiments.command_line import ConfigError, parse
 from tests.experiments.test_config import CONFIGS
 
 SWEEPS = [path for path in CONFIGS if "def sweep" in path.read_text()]
-RUNS = {"char_lm": 20, "cifar10": 20, "digits": 9, "mnist_vae": 6}
+RUNS = {"char_lm": 20, "cifar10": 20, "digits": 9, "cifar10_vae": 3, "mnist_vae": 6}
 FILE = """\
 from experiments.config import Config
 from experiments.tasks.classification import Digits
@@ -91,7 +91,7 @@ def test_finished_runs_are_left_alone_and_failures_reported(file, tmp_path, caps
     def in_this_process(arguments, interrupts):
         name = parse(arguments).workdir.name
         ran.append(name)
-        return 2 if name in broken else train.main(arguments)
+        return [2 if name in broken else train.main(arguments)]
 
     monkeypatch.setattr(sweep, "train_apart", in_this_process)
     arguments = [f"--config={file}", f"--workdir={tmp_path / 'out'}", "--run"]

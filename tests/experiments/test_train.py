@@ -90,9 +90,30 @@ def test_an_interrupted_run_ends_as_one_that_was_not(cache, tmp_path):
     steps = [line["step"] for line in records.read_metrics(tmp_path / "again")]
     assert steps == [4, 8, 12, 16, 20]
     # A device for each of the two seeds, though this machine has one CPU.
-    assert records.read_about(tmp_path / "whole")["device"]["mesh"]["seeds"] == 2
+    assert records.read_about(tmp_path / "whole")["places"][0]["mesh"]["seeds"] == 2
     runs = [str(tmp_path / name) for name in ("whole", "again")]
     assert report.main([*runs, f"--out={tmp_path / 'report'}"]) == 0
+
+
+def test_other_devices_go_on_with_a_run(cache, tmp_path):
+    """Begun on eight, in parts, and ended on four: as on one, to rounding, and with a trace."""
+    arguments = [f"{DIGITS}:weight_norm", *TINY, "--config.steps=8", "--config.evals_per_save=1"]
+    assert main([*arguments, f"--workdir={tmp_path / 'one'}"]) == 0
+    run = [*arguments, f"--workdir={tmp_path / 'run'}", "--config.mesh.tensor=2"]
+    begun = processes.run(*run, "--config.mesh.data=4", cache=cache, end_at="SIGTERM:3")
+    assert begun.returncode == 0, begun.stderr
+    assert main([*run, "--config.mesh.fsdp=2"]) == 0
+    places = records.read_about(tmp_path / "run")["places"]
+    assert [place["mesh"] for place in places] == [
+        {"seeds": 1, "data": 4, "fsdp": 1, "tensor": 2},
+        {"seeds": 1, "data": 1, "fsdp": 2, "tensor": 2},
+    ]
+    assert [place["step"] for place in places] == [0, 3]
+    for one, other in zip(metrics(tmp_path / "one"), metrics(tmp_path / "run"), strict=True):
+        np.testing.assert_allclose(other["test_loss"], one["test_loss"], rtol=1e-4)
+    assert report.main([str(tmp_path / "run"), f"--out={tmp_path / 'report'}"]) == 0
+    table = (tmp_path / "report/table.md").read_text()
+    assert "8 devices, 1 processes, from step 3 on: 4 devices, 1 processes" in table
 
 
 OTHERS = [path for path in CONFIGS if path.stem != "digits"]  # which is done above
