@@ -7,8 +7,11 @@ minus the lower bound on log p(x) of the test set in bits per pixel value, under
 
 Run:      python -m experiments.train --config=configs/cifar10_vae.py:weight_norm_init
 Expect:   the paper's figure has weight norm ahead of plain at equal epochs; the paper gives no
-          number. We have trained only the smoke variant.
-Time:     some minutes an epoch on a GPU (an estimate: it was not run on one)
+          number. Ours, in the shortened protocol, one seed, JPEG re-encoded pixels, bits a value
+          after 20 epochs: plain_short 5.63, weight_norm_short 5.77, weight_norm_init_short 5.72.
+Time:     5 min for a short variant on 2 CPU cores (x86-64, jax 0.10.2); some minutes an epoch for
+          the others on a GPU (an estimate: they were not run)
+Sweep:    the shortened protocol.
 Variants: weight_norm_init, plain, weight_norm, plain_short, weight_norm_short,
           weight_norm_init_short, smoke
 """
