@@ -15,8 +15,11 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from experiments.config import Cluster, Start
+from experiments.logs import log
 
+ADDRESS = "JAX_COORDINATOR_ADDRESS"
 COUNT, INDEX = "WNJAX_PROCESS_COUNT", "WNJAX_PROCESS_ID"  # which JAX does not read by itself
+COUNTS = COUNT, "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"  # by whom processes are started
 
 
 class ClusterError(Exception):
@@ -34,11 +37,23 @@ def join(cluster: Cluster) -> None:
       ClusterError: if they are not found.
     """
     if cluster.start is Start.OFF:
+        if others := [f"{name}={os.environ[name]}" for name in COUNTS if _count(name) > 1]:
+            raise ClusterError(
+                f"this process is one of several ({others[0]}), which would each train alone: set "
+                "--config.cluster.start=on and --config.cluster.devices"
+            )
         return
     names = {"num_processes": COUNT, "process_id": INDEX}
     said = {key: os.environ[name] for key, name in names.items() if name in os.environ}
     times = ("initialization_timeout", "heartbeat_timeout_seconds", "shutdown_timeout_seconds")
     arguments: dict[str, Any] = dict.fromkeys(times, cluster.timeout)
+    # Said before, since JAX ends the process if they do not come.
+    log.info(
+        "looking for the other processes, for %d s%s; if they do not come: were all started, and "
+        "can they reach the first one's port?",
+        cluster.timeout,
+        f" (as {said}, the first one at {os.environ.get(ADDRESS)})" if said else "",
+    )
     try:
         arguments |= {key: int(value) for key, value in said.items()}
         jax.distributed.initialize(**arguments)
@@ -48,9 +63,14 @@ def join(cluster: Cluster) -> None:
             return  # cluster.devices tells whether there should be others
         raise ClusterError(
             f"the other processes were not found: {error}. The environment must be that of a TPU, "
-            f"Slurm or Open MPI, or have JAX_COORDINATOR_ADDRESS, {COUNT} and {INDEX}; a single "
-            "process needs --config.cluster.start=off"
+            f"Slurm or Open MPI, or have {ADDRESS}, {COUNT} and {INDEX}; a single process needs "
+            "--config.cluster.start=off"
         ) from error
+
+
+def _count(name: str) -> int:
+    value = os.environ.get(name, "")
+    return int(value) if value.isdecimal() else 0
 
 
 def is_first() -> bool:
@@ -90,8 +110,8 @@ def ending_with_others() -> Iterator[None]:
         if jax.process_count() == 1:
             raise
         print(
-            f"error: process {jax.process_index()} cannot go on with the others, one of which may "
-            f"have ended: {error}\nStarted again, all of them go on from the last checkpoint",
+            f"error: process {jax.process_index()} cannot go on: {error}\nIf another process has "
+            "ended: started again, all of them go on from the last checkpoint",
             file=sys.stderr,
             flush=True,
         )
@@ -111,7 +131,8 @@ def check_same(values: Mapping[str, Any]) -> None:
     if differ.size:
         process, number, _ = differ[0]
         raise ClusterError(
-            f"{list(values)[number]}: process {process} has another value than process 0"
+            f"{list(values)[number]}: process {process} has another value than process 0. All must "
+            "have the same command line, packages and data"
         )
 
 
@@ -120,6 +141,11 @@ def _digest(value: Any) -> bytes:
         about = json.dumps([value.shape, value.dtype.str]).encode()
         return hashlib.sha256(about + np.ascontiguousarray(value).tobytes()).digest()
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).digest()
+
+
+def of_first(x: Any) -> Any:
+    """The number of the first process, in all."""
+    return _gather(np.asarray(x))[0].item()
 
 
 def fetch(tree: Any) -> Any:

@@ -17,14 +17,17 @@ import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from experiments.apart import train_apart
 from experiments.command_line import ConfigError
-from experiments.config import Config
+from experiments.config import Config, Mesh
 from experiments.interrupts import Interrupts
 from experiments.logs import log, log_to_stderr
+from experiments.placement import check_devices, groups
 from experiments.places import Place, read_place
+from experiments.records import has_outcome
 from experiments.sweep import Entry, entries, joined
 
 USAGE = f"""\
@@ -106,21 +109,23 @@ def launches(arguments: Sequence[str]) -> list[Launch]:
     Raises:
       ConfigError: for any mistake in the command line, the config file, its sweep or the place.
     """
-    arguments = joined(arguments)
-    ours, others = {"on": "", "bucket": "", "sweep": ""}, []
-    for argument in arguments:
+    ours: dict[str, str] = {}
+    others = []
+    for argument in joined(arguments):
         name, _, value = argument.removeprefix("--").partition("=")
-        if name in ours and argument.startswith("--"):
-            ours[name] = value or name
+        if name in ("on", "bucket", "sweep") and argument.startswith("--"):
+            if (name == "sweep") == bool(value):
+                raise ConfigError(f"{argument}: --sweep takes no value; --on and --bucket need one")
+            ours[name] = value
         else:
             others.append(argument)
-    if not ours["on"]:
+    if "on" not in ours:
         raise ConfigError("--on=PLACE is missing, such as --on=configs/launch/tpu-v5e-8.yaml")
     place = read_place(ours["on"])
-    if ours["bucket"] and not place.task:
+    if "bucket" in ours and not place.task:
         raise ConfigError(f"--bucket is for task files; --on={place.name} takes --workdir=DIR")
-    found = entries(others) if ours["sweep"] else [Entry.of(others)]
-    bucket = ours["bucket"] or str(place.task.get("envs", {}).get("BUCKET", ""))
+    bucket = ours.get("bucket") or str(place.task.get("envs", {}).get("BUCKET", ""))
+    found = entries(others) if "sweep" in ours else [Entry.of(others)]
     return [Launch(_fit(entry, place), place, bucket) for entry in found]
 
 
@@ -128,27 +133,31 @@ def _fit(entry: Entry, place: Place) -> Entry:
     """The same run on the devices of a place."""
     if not place.devices:
         return entry
+    config, workdir = entry.run.config, entry.run.workdir
     added = [f"--config.cluster.devices={place.devices}"]
     if place.is_cluster:
         added.append("--config.cluster.start=on")
     is_set = any(argument.startswith("--config.mesh.") for argument in entry.arguments)
-    if not is_set and entry.run.config.mesh.size == 1:
-        added.append(f"--config.mesh.data={_data_axis(entry.run.config, place)}")
+    if not is_set and config.mesh.size == 1:
+        added.append(f"--config.mesh.data={_data_axis(config, place)}")
+    if place.task and (workdir.is_absolute() or ".." in workdir.parts):
+        raise ConfigError(f"--workdir={workdir} must be a directory of the bucket: without / or ..")
     named, *rest = entry.arguments
     rest = [argument for argument in rest if not argument.startswith("--workdir=")]
-    folder = f"{RESULTS}/{entry.run.workdir}" if place.task else entry.run.workdir
+    folder = Path(RESULTS, workdir) if place.task else workdir
     arguments = [named, *rest, *added, f"--workdir={folder}"]
     if unsafe := [argument for argument in arguments if UNSAFE & set(argument)]:
         raise ConfigError(f"arguments must be without spaces and signs of the shell: {unsafe}")
-    return Entry.of(arguments)
+    found = Entry.of(arguments)
+    check_devices(found.run.config, place.devices, is_cluster=place.is_cluster)
+    return found
 
 
 def _data_axis(config: Config, place: Place) -> int:
     """Over how many devices to split batches, so that most of the place's are used."""
 
     def used(data: int) -> int:
-        groups = (n for n in range(1, place.devices // data + 1) if config.seeds % n == 0)
-        return data * max(groups)
+        return data * groups(Mesh(data=data), config.seeds, place.devices)
 
     common = math.gcd(config.batch_size, place.devices)  # five of a TPU's eight make no mesh
     sizes = [n for n in range(1, common + 1) if common % n == 0]
@@ -169,7 +178,26 @@ def _data_axis(config: Config, place: Place) -> int:
     return best
 
 
-def execute(launch: Launch) -> int:
+def execute(found: Sequence[Launch]) -> list[str]:
+    """Runs all, one after the other; returns the commands that failed, or did not finish here.
+
+    SIGTERM and Ctrl-C are passed on to the processes that run here, which save their state, and
+    end all.
+
+    Raises:
+      ConfigError: if a program for them is missing.
+    """
+    unfinished = []
+    with Interrupts() as interrupts:
+        for launch in found:
+            status = 1 if interrupts.requested else run(launch, interrupts)
+            is_here = launch.place.processes > 0
+            if status or (is_here and not has_outcome(launch.entry.run.workdir)):
+                unfinished.append(launch.entry.command())
+    return unfinished
+
+
+def run(launch: Launch, interrupts: Interrupts) -> int:
     """Runs one; returns an exit status.
 
     Raises:
@@ -177,7 +205,7 @@ def execute(launch: Launch) -> int:
     """
     place = launch.place
     if place.processes:
-        return run_here(launch)
+        return run_here(launch, interrupts)
     if place.task and not launch.bucket:
         raise ConfigError("--bucket=NAME is missing: where the results go, of all hosts")
     command = launch.sky() if place.task else ["sbatch", place.name]
@@ -188,15 +216,14 @@ def execute(launch: Launch) -> int:
     return subprocess.run(command, env={**os.environ, **environment}, check=False).returncode
 
 
-def run_here(launch: Launch) -> int:
+def run_here(launch: Launch, interrupts: Interrupts) -> int:
     """Runs the processes of one run side by side; returns an exit status."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     environments = [launch.place.local(index, port) for index in range(launch.place.processes)]
     patience = 2 * launch.entry.run.config.cluster.timeout
-    with Interrupts() as interrupts:
-        statuses = train_apart(launch.entry.arguments, interrupts, environments, patience)
+    statuses = train_apart(launch.entry.arguments, interrupts, environments, patience)
     return int(any(statuses))
 
 
@@ -216,14 +243,13 @@ def main(arguments: Sequence[str]) -> int:
             for launch in found:
                 print(*(f"# {k}\n{text}" for k, text in launch.commands().items()), sep="\n")
             return 0
-        statuses = [execute(launch) for launch in found]
+        unfinished = execute(found)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    for launch, status in zip(found, statuses, strict=True):
-        if status:
-            print(f"not finished (exit status {status}): {launch.entry.command()}")
-    return int(any(statuses))
+    if unfinished:
+        print(f"{len(unfinished)} of {len(found)} did not finish:", *unfinished, sep="\n  ")
+    return int(bool(unfinished))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from experiments.command_line import ConfigError
 from experiments.config import Config, Start
+from experiments.config import Mesh as MeshSizes
 
 AXES = "seeds", "data", "fsdp", "tensor"
 BATCH = PartitionSpec(("data", "fsdp"))  # of the examples of a batch
@@ -45,27 +46,45 @@ def claim_devices(config: Config) -> None:
             f"cluster.devices={config.cluster.devices} are expected and {count} were found, in "
             f"{processes} processes, {jax.local_device_count()} of them in this one"
         )
+    if processes > 1 and config.cluster.start is Start.OFF:  # a TPU of several hosts
+        raise ConfigError(
+            f"{processes} processes must know of one another: set --config.cluster.start=on and "
+            f"--config.cluster.devices={count}"
+        )
+    check_devices(config, count, is_cluster=processes > 1)
+
+
+def check_devices(config: Config, count: int, *, is_cluster: bool) -> None:
+    """Refuses fewer devices than a network needs, and such as have no work in several processes.
+
+    Raises:
+      ConfigError: with the numbers.
+    """
     if config.mesh.size > count:
         raise ConfigError(
             f"mesh.data · mesh.fsdp · mesh.tensor must be at most {count}, the number of devices, "
             f"got {config.mesh.size}"
         )
-    if processes > 1 and (used := make_mesh(config).size) < count:
+    used = groups(config.mesh, config.seeds, count) * config.mesh.size
+    if is_cluster and used < count:
         raise ConfigError(
-            f"seeds and mesh.data · mesh.fsdp · mesh.tensor use {used} of the {count} devices of "
-            f"{processes} processes, which must all take part: {config.seeds} seeds with "
-            f"{config.mesh.size} devices each"
+            f"{config.seeds} seeds with mesh.data · mesh.fsdp · mesh.tensor = {config.mesh.size} "
+            f"use {used} of {count} devices, which must all take part in several processes"
         )
+
+
+def groups(sizes: MeshSizes, seeds: int, count: int) -> int:
+    """How many groups of devices, each with a mesh for its share of the seeds, there are."""
+    if sizes.batch_parts > 1 and sizes.tensor > 1:
+        return 1  # XLA aborts on groups of these, with jax 0.10.2 and 0.12.0
+    return max(n for n in range(1, seeds + 1) if seeds % n == 0 and n * sizes.size <= count)
 
 
 def make_mesh(config: Config) -> Mesh:
     """The seeds spread evenly over as many devices as there are, with `config.mesh` for each."""
     sizes = config.mesh
-    most = jax.device_count() // sizes.size
-    if sizes.batch_parts > 1 and sizes.tensor > 1:
-        most = 1  # XLA aborts on groups of these, with jax 0.10.2 and 0.12.0
-    groups = max(n for n in range(1, config.seeds + 1) if config.seeds % n == 0 and n <= most)
-    shape = groups, sizes.data, sizes.fsdp, sizes.tensor
+    number = groups(sizes, config.seeds, jax.device_count())
+    shape = number, sizes.data, sizes.fsdp, sizes.tensor
     devices = jax.devices()[: math.prod(shape)]
     return jax.make_mesh(shape, AXES, (AxisType.Auto,) * len(AXES), devices=devices)
 

@@ -15,15 +15,15 @@ from experiments.command_line import ConfigError, hint, parse
 
 FOLDER = Path("configs/launch")
 TRAIN = "python -m experiments.train --config=$CONFIG --workdir=$WORKDIR"
-CHIPS = (1, 4, 8, 16, 32, 64, 128, 256)
-# By the name of a TPU, the devices of JAX in slices of each size, and those of one host. In names
-# of v4 and v5p cores are counted, of which a device has two.
+SIZES = [2**n for n in range(12)]
+# By the name of a TPU slice, the devices of JAX. In names of v4 and v5p cores are counted, of which
+# a device has two.
 TPUS = {
-    **{f"tpu-v5litepod-{n}": (n, 8) for n in CHIPS},
-    **{f"tpu-v6e-{n}": (n, 8) for n in CHIPS},
-    **{f"tpu-{kind}-{2 * n}": (n, 4) for kind in ("v4", "v5p") for n in CHIPS[1:]},
-    **{f"tpu-{kind}-{n}": (n, 8) for kind in ("v2", "v3") for n in (8, 32, 128, 256)},
+    **{f"tpu-{kind}-{n}": n for kind in ("v5litepod", "v6e") for n in SIZES[:9] if n != 2},
+    **{f"tpu-{kind}-{2 * n}": n for kind in ("v4", "v5p") for n in SIZES[2:]},
+    **{f"tpu-{kind}-{n}": n for kind in ("v2", "v3") for n in SIZES[3:] if n != 16},
 }
+ON_HOST = {"v4": 4, "v5p": 4}  # devices of the largest slice of one host; 8 of the other kinds
 GPUS = ("T4", "L4", "V100", "A10G", "A100", "A100-80GB", "L40S", "H100", "H200", "B200", "GB200")
 KEYS = {  # of SkyPilot's task files, those that are used here
     "name": str,
@@ -116,8 +116,8 @@ def _read_task(name: str, text: str) -> Place:
         raise ConfigError(f"envs must have {', '.join(ENVS)}, as strings; missing: {missing}")
     _check_run(task["run"], "$OVERRIDES")
     parse([f"--config={task['envs']['CONFIG']}"])
-    each, hosts = _devices(str(resources.get("accelerators")), nodes)
-    return Place(name, nodes * each, is_cluster=hosts > 1, task=task, processes=0)
+    each, is_cluster = _devices(str(resources.get("accelerators")), nodes)
+    return Place(name, nodes * each, is_cluster, task=task, processes=0)
 
 
 def _check_keys(prefix: str, found: Mapping[str, Any], known: Any) -> None:
@@ -134,16 +134,16 @@ def _check_run(run: str, overrides: str) -> None:
         raise ConfigError(f"its commands are not those of a shell: {done.stderr.strip()}")
 
 
-def _devices(accelerator: str, nodes: int) -> tuple[int, int]:
-    """The devices of a node, and how many hosts there are."""
+def _devices(accelerator: str, nodes: int) -> tuple[int, bool]:
+    """The devices of a node, and whether there are several hosts."""
     kind, _, count = accelerator.partition(":")
     if kind in TPUS and count in ("", "1"):
         if nodes > 1:
             raise ConfigError("num_nodes must be 1 with a TPU: the slice says how many hosts")
-        devices, on_host = TPUS[kind]
-        return devices, -(-devices // on_host)
+        devices = TPUS[kind]
+        return devices, devices > ON_HOST.get(kind.split("-")[1], 8)
     if kind in GPUS and (count or "1").isdecimal() and int(count or "1") > 0:
-        return int(count or "1"), nodes
+        return int(count or "1"), nodes > 1
     raise ConfigError(f"unknown accelerator {accelerator}{hint(kind, [*TPUS, *GPUS])}")
 
 

@@ -33,7 +33,9 @@ class Programs:
         self.mesh = make_mesh(config)
         whole = NamedSharding(self.mesh, PartitionSpec())
         by_seed = NamedSharding(self.mesh, PartitionSpec("seeds"))
-        self.train, self.test = (jax.device_put(dict(split), whole) for split in data)
+        self.train, self.test = (
+            {name: _on_all(np.asarray(x), whole) for name, x in split.items()} for split in data
+        )
         seeds = np.arange(config.seed, config.seed + config.seeds, dtype=np.int32)
         self.seeds = jax.device_put(seeds, by_seed)
         # Devices of a CPU that are in different calls wait for each other for ever, some in the
@@ -141,3 +143,8 @@ class Programs:
 
         few = fetch(jax.tree.map(lambda x: x[:100], self.test))
         return self.config.task.pictures(apply, few)
+
+
+def _on_all(x: np.ndarray, whole: NamedSharding) -> jax.Array:
+    """An array whole on all devices, of which each process has its own copy."""
+    return jax.make_array_from_callback(x.shape, whole, lambda index: x[index])

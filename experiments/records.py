@@ -5,6 +5,7 @@ run.json        the resolved config and what of it the command line set, package
 metrics.jsonl   one JSON object a line, for every evaluation: step, epoch, seconds,
                 seconds_per_step, a list over the seeds for every metric, and for every weight
                 its norms
+shared          a number by which several processes know that they share the directory
 checkpoints/    the last states
 pictures/       what the task draws after the last step
 profile/        of the steps that --config.profile names
@@ -30,6 +31,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from experiments.cluster import is_first
 from experiments.command_line import Run
 from experiments.config import Config
 
@@ -63,24 +65,28 @@ def create(run: Run) -> None:
         workdir.mkdir(parents=True, exist_ok=True)
         (workdir / "metrics.jsonl").write_text("")
         about |= {"variant": run.variant, "arguments": list(run.arguments), "commit": commit()}
-        _write_about(workdir, {**about, "places": []})
+        _write_about(workdir, {**about, "devices": []})
     except OSError as error:
         raise RecordError(f"{workdir} cannot be made: {error}; choose another --workdir") from error
 
 
-def await_run(workdir: Path, seconds: float) -> None:
-    """Waits until this process sees the run that the first one has made.
+def check_shared(workdir: Path, number: int, seconds: float) -> None:
+    """Waits until this process of several sees a number that the first one has written there.
 
     Raises:
       RecordError: if it does not in so many seconds.
     """
-    deadline = time.monotonic() + seconds  # a file system of many machines may take some
-    while not (workdir / "run.json").exists():
+    if jax.process_count() == 1:
+        return
+    file, deadline = workdir / "shared", time.monotonic() + seconds
+    if is_first():
+        file.write_text(str(number))
+    while not (file.exists() and file.read_text() == str(number)):
         if time.monotonic() > deadline:
             raise RecordError(
                 f"{workdir} is not seen by all processes: give a --workdir that all machines share"
             )
-        time.sleep(0.1)
+        time.sleep(0.1)  # a file system of many machines may take a while
 
 
 def about_run(config: Config) -> dict[str, Any]:
@@ -120,7 +126,7 @@ def _enum_value(x: Any) -> Any:
 
 
 def _check_same(workdir: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
-    old, new = _flatten(there), _flatten(here)
+    old, new = _compared(there), _compared(here)
     changed = [
         f"\n  {name}: {old.get(name)} there, {new.get(name)} here"
         for name in sorted(old.keys() | new.keys())
@@ -133,8 +139,8 @@ def _check_same(workdir: Path, there: dict[str, Any], here: dict[str, Any]) -> N
         )
 
 
-def _flatten(about: dict[str, Any]) -> dict[str, Any]:
-    """By the dotted name of its place, every value that is compared."""
+def flat(about: dict[str, Any]) -> dict[str, Any]:
+    """By its dotted name, every value that tells runs, or processes of one, apart."""
 
     def walk(prefix: str, value: Any) -> dict[str, Any]:
         if not isinstance(value, dict):
@@ -142,7 +148,11 @@ def _flatten(about: dict[str, Any]) -> dict[str, Any]:
         parts = (walk(f"{prefix}.{name}", inner) for name, inner in value.items())
         return {name: inner for part in parts for name, inner in part.items()}
 
-    found = {k: v for part in COMPARED for k, v in walk(part, about.get(part, {})).items()}
+    return {k: v for part in COMPARED for k, v in walk(part, about.get(part, {})).items()}
+
+
+def _compared(about: dict[str, Any]) -> dict[str, Any]:
+    found = flat(about)
     if about.get("device", {}).get("platform") != "cpu":
         found.pop("device.machine", None)  # the host of an accelerator computes nothing
     return {k: v for k, v in found.items() if not re.fullmatch(f"config.({NOT_COMPARED})", k)}
@@ -157,10 +167,10 @@ def go_on(workdir: Path, step: int, mesh: Mapping[str, int]) -> float:
       The seconds that the run had taken at the last evaluation that is left.
     """
     about, here = read_about(workdir), {"mesh": dict(mesh), "processes": jax.process_count()}
-    places = [place for place in about["places"] if place["step"] < step]
-    if not places or {k: places[-1][k] for k in here} != here:
-        places.append({"step": step, **here})
-    _write_about(workdir, {**about, "places": places})
+    devices = [one for one in about["devices"] if one["step"] < step]
+    if not devices or {k: devices[-1][k] for k in here} != here:
+        devices.append({"step": step, **here})
+    _write_about(workdir, {**about, "devices": devices})
     file, kept = workdir / "metrics.jsonl", []
     for line in file.read_text().splitlines():
         try:
@@ -181,7 +191,7 @@ def is_finished(run: Run) -> bool:
         about = read_about(run.workdir)
     except RecordError:
         return False
-    same = _flatten(about) == _flatten(about_run(run.config))
+    same = _compared(about) == _compared(about_run(run.config))
     return same and has_outcome(run.workdir)
 
 
@@ -207,9 +217,16 @@ def _write_about(workdir: Path, about: dict[str, Any]) -> None:
 
 
 def append(workdir: Path, metrics: dict[str, Any]) -> None:
-    """Adds a line to the metrics."""
-    with (workdir / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps(metrics) + "\n")
+    """Adds a line to the metrics.
+
+    Raises:
+      RecordError: if it cannot be written.
+    """
+    try:
+        with (workdir / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(metrics) + "\n")
+    except OSError as error:
+        raise RecordError(f"{workdir / 'metrics.jsonl'} cannot be written: {error}") from error
 
 
 def read_about(workdir: Path) -> dict[str, Any]:

@@ -41,7 +41,7 @@ UNITS = {
     "bits_per_dim": Unit("- lower bound, test (bits/dim)", 1, 3),
     "bits_per_byte": Unit("test cross entropy (bits/byte)", 1, 3),
 }
-PLACES = ("--workdir=", "--config.data_dir=")  # of one machine; not kept
+OF_MACHINE = ("--workdir=", "--config.data_dir=")  # not kept
 FOOTNOTE = """\
 Last and best: mean ± standard deviation over n seeds. Epochs to plain's last: until the mean was
 first as good as that of the plain run (the best of several) was at its end. ms a step: all
@@ -176,18 +176,18 @@ def conditions(histories: Sequence[History]) -> str:
         device, versions = history.about["device"], history.about["versions"]
         names = ", ".join(f"{k} {versions[k]}" for k in ("python", "jax", "flax", "optax"))
         hardware = f"{device['platform']} ({device['kind']}; {device['machine']})"
-        lines.append(f"{hardware}; {places(history)}; {names}")
+        lines.append(f"{hardware}; {devices(history)}; {names}")
         lines.extend(f"{name}: {text}" for name, text in history.about["data"].items())
     return "\n".join(dict.fromkeys(lines))
 
 
-def places(history: History) -> str:
+def devices(history: History) -> str:
     """On how many devices the steps were taken."""
     parts = []
-    for place in history.about["places"]:
-        from_step = f"from step {place['step']} on: " if place["step"] else ""
-        devices = math.prod(place["mesh"].values())
-        parts.append(f"{from_step}{devices} devices, {place['processes']} processes")
+    for some in history.about["devices"]:
+        from_step = f"from step {some['step']} on: " if some["step"] else ""
+        number = math.prod(some["mesh"].values())
+        parts.append(f"{from_step}{number} devices, {some['processes']} processes")
     return ", ".join(parts)
 
 
@@ -202,10 +202,10 @@ def results(histories: Sequence[History]) -> dict[str, Any]:
         }
 
     def about(history: History) -> dict[str, Any]:
-        names = ("commit", "device", "places", "versions", "data", "config")
+        names = ("commit", "device", "devices", "versions", "data", "config")
         kept = {name: history.about[name] for name in names}
         kept["config"] = {k: x for k, x in kept["config"].items() if k != "data_dir"}
-        arguments = [x for x in history.about["arguments"] if not x.startswith(PLACES)]
+        arguments = [x for x in history.about["arguments"] if not x.startswith(OF_MACHINE)]
         return {"command": " ".join(["python -m experiments.train", *arguments]), **kept}
 
     return {

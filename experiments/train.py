@@ -8,6 +8,7 @@ not, bit for bit, on the same hardware.
 from __future__ import annotations
 
 import logging
+import random
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,6 +33,7 @@ from experiments.trainer import State
 MISTAKES = (ConfigError, DataError, records.RecordError, NotFiniteError, cluster.ClusterError)
 
 
+@cluster.ending_with_others()
 def train(run: Run) -> bool:
     """Trains all seeds, from the last checkpoint on, and records every evaluation.
 
@@ -52,44 +54,52 @@ def train(run: Run) -> bool:
     if data is None:
         log.info("%s is finished", workdir)
         return True
+    with cluster.together():
+        board = Board(workdir if config.tensorboard and cluster.is_first() else None)
     programs = Programs(config, data)
     with (
         jax.set_mesh(programs.mesh),
         Preemptions() if jax.process_count() > 1 else Interrupts() as interrupts,
         Checkpoints(workdir) as checkpoints,
-        Board(workdir if config.tensorboard and cluster.is_first() else None) as board,
-        cluster.ending_with_others(),
+        board,
+        cluster.ending_with_others(),  # before the checkpoints wait for the others
     ):
         states, seconds = begin(programs, checkpoints, workdir)
         loop = Loop(programs, checkpoints, board, interrupts, workdir)
         states = loop.run(states, seconds)
         if done := loop.step == config.steps:
             pictures = programs.pictures(states)
-    if done and cluster.is_first():
-        save_pictures(pictures, workdir / "pictures")
-        records.finish(workdir, outcome(run))
+    with cluster.together():
+        if done and cluster.is_first():
+            save_pictures(pictures, workdir / "pictures")
+            records.finish(workdir, outcome(run))
     return done
 
 
-@cluster.ending_with_others()
 def prepare(run: Run) -> Data | None:
     """The data, and a directory for the results, the same for all processes; None if it is done."""
+    config, workdir = run.config, run.workdir
     if not cluster.is_first():
         log.setLevel(logging.WARNING)  # the first one tells what all do
     with cluster.together():
-        about, is_finished = records.about_run(run.config), records.is_finished(run)
-    cluster.check_same({**about, f"{run.workdir} being finished": is_finished})
-    if is_finished:
+        is_finished = records.is_finished(run)
+    if cluster.of_first(is_finished):
         return None
     with cluster.together():
-        data = load(run.config)
+        data = load(config) if cluster.is_first() else None  # it downloads what is not there
+    with cluster.together():
+        data = data or load(config)
+        about = records.flat(records.about_run(config))
+    about.pop("device.machine")  # hosts of accelerators may differ
+    cluster.check_same(about)
     for split in data:
         cluster.check_same(split)
     with cluster.together():
         if cluster.is_first():
             records.create(run)
+    number = cluster.of_first(random.getrandbits(30))
     with cluster.together():
-        records.await_run(run.workdir, run.config.cluster.timeout)
+        records.check_shared(workdir, number, config.cluster.timeout)
     return data
 
 
@@ -124,9 +134,9 @@ def begin(programs: Programs, checkpoints: Checkpoints, workdir: Path) -> tuple[
     if config.weight_norm:
         log.info("the first of %d networks:\n%s", config.seeds, programs.summary(states))
     step = checkpoints.latest()
-    mesh, seconds = programs.mesh.shape, 0.0
-    if cluster.is_first():
-        seconds = records.go_on(workdir, step or 0, mesh)
+    with cluster.together():
+        first, mesh = cluster.is_first(), programs.mesh.shape
+        seconds = records.go_on(workdir, step or 0, mesh) if first else 0.0
     if step is not None:
         states = checkpoints.restore(states)
         log.info("going on from step %d", step)

@@ -26,7 +26,7 @@ class State(NamedTuple):
     step: jax.Array  # () int32: steps taken
     order: jax.Array  # data of the key of the order of examples
     noise: jax.Array  # data of the key of all that is drawn in training
-    params: Any  # with nodes where weight norm is on
+    params: Any  # with nodes where weight norm is on and not in the optimizer
     statistics: Any  # of batch norm; empty without
     optimizer: optax.OptState
     average: Any  # of the parameters; None without

@@ -1,6 +1,8 @@
 """Two processes of four virtual devices each: what one has, and how they end together."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -55,11 +57,11 @@ def test_one_of_two_is_killed_and_both_go_on_exactly(cache, tmp_path, capfd, mon
     assert killed.returncode == -9
     # Of itself, or by JAX when it hears no more of the other.
     assert survivor.returncode in (75, -6), survivor.stderr
-    assert "one of which may have ended" in survivor.stderr or "task died" in survivor.stderr
+    assert "another process has ended" in survivor.stderr or "task died" in survivor.stderr
     for done in run_two(TRAIN, [*steps, run], cache=cache):
         assert done.returncode == 0, done.stderr
     assert_same_outcome(steps, tmp_path / "whole", tmp_path / "run")
-    assert records.read_about(tmp_path / "run")["places"] == [
+    assert records.read_about(tmp_path / "run")["devices"] == [
         {"step": 0, "mesh": {"seeds": 1, "data": 8, "fsdp": 1, "tensor": 1}, "processes": 2}
     ]
 
@@ -78,7 +80,8 @@ def test_processes_that_differ_stop_before_anything_is_written(cache, tmp_path):
     steps = (*ARGUMENTS, "--config.steps=8", f"--workdir={tmp_path / 'run'}")
     for done in run_two(TRAIN, steps, (*steps, "--config.seed=1"), cache=cache):
         assert done.returncode == 2
-        assert "error: config: process 1 has another value than process 0" in done.stderr
+        text = "error: config.seed: process 1 has another value than process 0. All must have"
+        assert text in done.stderr
     assert not (tmp_path / "run").exists()
 
 
@@ -96,9 +99,37 @@ def test_a_process_that_should_not_be_alone_stops(monkeypatch):
     alone = Cluster(start=Start.ON, devices=8)
     with pytest.raises(ClusterError, match=r"were not found: .*--config.cluster.start=off"):
         join(alone)
-    monkeypatch.setenv("WNJAX_PROCESS_COUNT", "two")
-    with pytest.raises(ClusterError, match="invalid literal"):
-        join(alone)
+    with monkeypatch.context() as patch:
+        patch.setenv("WNJAX_PROCESS_COUNT", "two")
+        with pytest.raises(ClusterError, match="invalid literal"):
+            join(alone)
+
+
+def test_auto_is_alone_where_nothing_tells_of_others():
+    """In a process that has not used JAX; how many devices there are is counted after that."""
+    lines = (
+        "import jax",
+        "from experiments.cluster import join",
+        "from experiments.config import Cluster, Start",
+        "join(Cluster(start=Start.AUTO, devices=1))",
+        "print(jax.process_count())",
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", "\n".join(lines)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == "1\n"
+
+
+@pytest.mark.parametrize("name", ["WNJAX_PROCESS_COUNT", "SLURM_STEP_NUM_TASKS"])
+def test_one_of_several_does_not_train_alone(name, monkeypatch):
+    monkeypatch.setenv(name, "1")
+    join(Cluster())
+    monkeypatch.setenv(name, "2")
+    with pytest.raises(ClusterError, match=rf"one of several \({name}=2\), which would each train"):
+        join(Cluster())
 
 
 @pytest.mark.parametrize(
@@ -117,5 +148,8 @@ def test_devices_are_counted(cluster, text):
 
 def test_all_processes_must_have_work(monkeypatch):
     monkeypatch.setattr("jax.process_count", lambda: 2)
-    with pytest.raises(ConfigError, match="use 4 of the 8 devices of 2 processes, which must all"):
-        claim_devices(Config(task=Digits(), mesh=Mesh(data=4)))
+    on = Cluster(start=Start.ON, devices=8)
+    with pytest.raises(ConfigError, match="use 4 of 8 devices, which must all take part"):
+        claim_devices(Config(task=Digits(), mesh=Mesh(data=4), cluster=on))
+    with pytest.raises(ConfigError, match=r"2 processes must know .*cluster.start=on"):
+        claim_devices(Config(task=Digits(), mesh=Mesh(data=8)))

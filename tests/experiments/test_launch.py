@@ -10,7 +10,7 @@ import yaml
 
 from experiments import launch
 from experiments.command_line import ConfigError, parse
-from experiments.places import FOLDER, GPUS, TPUS, read_place
+from experiments.places import FOLDER, read_place
 
 GOLDEN = Path(__file__).parent / "launched.txt"
 PLACES = sorted(FOLDER.iterdir())
@@ -61,7 +61,9 @@ def test_what_a_place_runs_is_the_command(place, tmp_path):
     (one,) = launch.launches([DIGITS, f"--on={place}", *fields])
     (tmp_path / ".venv/bin").mkdir(parents=True)
     stand_in = tmp_path / ".venv/bin/python"
-    stand_in.write_text('#!/bin/bash\nprintf "%s\\n" "$@"\n')
+    names = ("JAX_COORDINATOR_ADDRESS", "WNJAX_PROCESS_COUNT", "WNJAX_PROCESS_ID")
+    shown = " ".join(f'"${name}"' for name in names)
+    stand_in.write_text(f'#!/bin/bash\nprintf "%s\\n" {shown} "$@"\n')
     stand_in.chmod(0o755)
     (tmp_path / "srun").write_text('#!/bin/bash\nshift\nexec "$@"\n')
     (tmp_path / "srun").chmod(0o755)
@@ -75,9 +77,14 @@ def test_what_a_place_runs_is_the_command(place, tmp_path):
         env=environment,
         capture_output=True,
         text=True,
-        check=True,
+        check=False,
     )
-    config = parse(done.stdout.splitlines()[2:]).config
+    assert done.returncode == ("spot" in place.stem)  # not done, without an outcome
+    *about, _, _ = done.stdout.splitlines()[:5]
+    is_told = "SKYPILOT_NODE_IPS" in commands
+    assert about == (["10.0.0.1:8476", "2", "1"] if is_told else ["", "", ""])
+    assert is_told == (one.place.is_cluster and place.stem.startswith("gpu"))
+    config = parse(done.stdout.splitlines()[5:]).config
     assert config == one.entry.run.config
     assert config.task.widths == (4, 8)
     assert config.cluster.devices == config.mesh.data == one.place.devices
@@ -172,7 +179,19 @@ def test_a_script_with_a_mistake(old, new, text, tmp_path):
         ([DIGITS, "--on=local", "--bucket=b"], "--bucket is for task files"),
         ([DIGITS, "--on=local", "--workdir=gs://b/run"], "must be a directory; mount the bucket"),
         ([DIGITS, "--on=local:2x4", "--workdir=a b"], "without spaces and signs of the shell"),
-        (["--config=configs/char_lm.py", "--sweep=1", "--on=local", "--x=1"], "unknown flag --x"),
+        (["--config=configs/char_lm.py", "--sweep", "--on=local", "--x=1"], "unknown flag --x"),
+        ([DIGITS, "--on=local", "--sweep=false"], "--sweep takes no value"),
+        ([DIGITS, f"--on={TASK}", "--bucket="], "--bucket need one"),
+        ([DIGITS, f"--on={TASK}", "--workdir=/data/x"], "must be a directory of the bucket"),
+        ([DIGITS, f"--on={TASK}", "--workdir=../x"], "must be a directory of the bucket"),
+        (
+            [DIGITS, f"--on={TASK}", "--config.mesh.data=16"],
+            "mesh.data · mesh.fsdp · mesh.tensor must be at most 8, the number of devices, got 16",
+        ),
+        (
+            [DIGITS, "--on=local:2x4", "--config.mesh.data=2", "--config.seeds=1"],
+            "use 2 of 8 devices, which must all take part in several processes",
+        ),
         (
             [DIGITS, "--on=local:2x4", "--config.batch_size=100", "--config.seeds=1"],
             "batches of 100 and 1 seeds use 4 of 8 devices, and in several processes all must take "
@@ -181,7 +200,7 @@ def test_a_script_with_a_mistake(old, new, text, tmp_path):
     ],
 )
 def test_a_mistake_never_gets_to_a_cluster(arguments, text, capsys, monkeypatch):
-    monkeypatch.setattr(launch, "execute", lambda one: pytest.fail("it was launched"))
+    monkeypatch.setattr(launch, "execute", lambda found: pytest.fail("it was launched"))
     assert launch.main([*arguments, "--run"]) == 2
     assert text in capsys.readouterr().err
 
@@ -190,6 +209,21 @@ def test_devices_that_have_nothing_to_do_are_told_of(caplog):
     (one,) = launch.launches(["--config=configs/cifar10.py", f"--on={TASK}"])
     assert one.entry.run.config.mesh.data == 4
     assert "batches of 100 and 1 seeds use 4 of 8 devices" in caplog.text
+
+
+def test_a_sweep_that_is_asked_to_stop_starts_nothing_more(tmp_path, monkeypatch, capsys):
+    started = []
+
+    def asked_to_stop(arguments, interrupts, *others):
+        started.append(arguments)
+        interrupts.requested = True
+        return [0]
+
+    monkeypatch.setattr(launch, "train_apart", asked_to_stop)
+    arguments = ["--config=configs/digits.py:plain", "--sweep", "--on=local"]
+    assert launch.main([*arguments, f"--workdir={tmp_path}", "--run"]) == 1
+    assert len(started) == 1
+    assert "3 of 3 did not finish" in capsys.readouterr().out
 
 
 def test_results_need_a_bucket(capsys):
@@ -225,15 +259,26 @@ def test_run_calls_the_program(place, program, tmp_path, monkeypatch, capsys):
     (tmp_path / program).write_text("#!/bin/bash\nexit 3\n")
     assert launch.main(arguments) == 1
     out = capsys.readouterr().out
-    assert out.count("not finished (exit status 3): python -m experiments.train") == 3
+    assert "3 of 3 did not finish:\n  python -m experiments.train" in out
 
 
-def test_devices_of_accelerators():
-    """A v4 or v5p name counts cores, of which a device has two."""
-    assert (TPUS["tpu-v5litepod-8"], TPUS["tpu-v5litepod-16"]) == ((8, 8), (16, 8))
-    assert (TPUS["tpu-v4-8"], TPUS["tpu-v5p-16"], TPUS["tpu-v3-8"]) == ((4, 4), (8, 4), (8, 8))
-    assert "tpu-v4-2" not in TPUS
-    assert "H100" in GPUS
+@pytest.mark.parametrize(
+    ("accelerator", "devices", "is_cluster"),
+    [
+        ("tpu-v5litepod-8", 8, False),
+        ("tpu-v5litepod-16", 16, True),
+        ("tpu-v4-8", 4, False),  # such a name counts cores, of which a device has two
+        ("tpu-v5p-16", 8, True),
+        ("tpu-v3-8", 8, False),
+        ("tpu-v3-32", 32, True),
+        ("H100", 1, False),
+        ("A100-80GB:4", 4, False),
+    ],
+)
+def test_devices_of_accelerators(accelerator, devices, is_cluster, tmp_path):
+    on = write(tmp_path, put("resources", "accelerators", value=accelerator))
+    place = read_place(on.removeprefix("--on="))
+    assert (place.devices, place.is_cluster) == (devices, is_cluster)
 
 
 def test_help(capsys):

@@ -105,7 +105,7 @@ def test_other_devices_may_go_on_and_leave_a_trace(tmp_path):
     config = dataclasses.replace(CONFIG, mesh=Mesh(data=8), batch_size=64)
     config.cluster.devices = 8
     records.create(run(tmp_path, config))
-    assert records.read_about(tmp_path)["places"] == [
+    assert records.read_about(tmp_path)["devices"] == [
         {"step": 0, "mesh": one, "processes": 1},
         {"step": 10, "mesh": eight, "processes": 1},
         {"step": 30, "mesh": one, "processes": 1},
@@ -120,7 +120,7 @@ def test_the_host_of_an_accelerator_may_be_another(platform, same, tmp_path):
         {**about, "device": {"platform": platform, "kind": "v5e", "machine": machine}}
         for machine in ("24 cores", "112 cores")
     )
-    assert (records._flatten(here) == records._flatten(there)) == same
+    assert (records._compared(here) == records._compared(there)) == same
 
 
 def test_the_commit_does_not_make_it_another_run(tmp_path, monkeypatch):

@@ -90,7 +90,7 @@ def test_an_interrupted_run_ends_as_one_that_was_not(cache, tmp_path):
     steps = [line["step"] for line in records.read_metrics(tmp_path / "again")]
     assert steps == [4, 8, 12, 16, 20]
     # A device for each of the two seeds, though this machine has one CPU.
-    assert records.read_about(tmp_path / "whole")["places"][0]["mesh"]["seeds"] == 2
+    assert records.read_about(tmp_path / "whole")["devices"][0]["mesh"]["seeds"] == 2
     runs = [str(tmp_path / name) for name in ("whole", "again")]
     assert report.main([*runs, f"--out={tmp_path / 'report'}"]) == 0
 
@@ -103,12 +103,12 @@ def test_other_devices_go_on_with_a_run(cache, tmp_path):
     begun = processes.run(*run, "--config.mesh.data=4", cache=cache, end_at="SIGTERM:3")
     assert begun.returncode == 0, begun.stderr
     assert main([*run, "--config.mesh.fsdp=2"]) == 0
-    places = records.read_about(tmp_path / "run")["places"]
-    assert [place["mesh"] for place in places] == [
+    devices = records.read_about(tmp_path / "run")["devices"]
+    assert [some["mesh"] for some in devices] == [
         {"seeds": 1, "data": 4, "fsdp": 1, "tensor": 2},
         {"seeds": 1, "data": 1, "fsdp": 2, "tensor": 2},
     ]
-    assert [place["step"] for place in places] == [0, 3]
+    assert [some["step"] for some in devices] == [0, 3]
     for one, other in zip(metrics(tmp_path / "one"), metrics(tmp_path / "run"), strict=True):
         np.testing.assert_allclose(other["test_loss"], one["test_loss"], rtol=1e-4)
     assert report.main([str(tmp_path / "run"), f"--out={tmp_path / 'report'}"]) == 0
