@@ -186,8 +186,9 @@ def devices(history: History) -> str:
     parts = []
     for some in history.about["devices"]:
         from_step = f"from step {some['step']} on: " if some["step"] else ""
-        number = math.prod(some["mesh"].values())
-        parts.append(f"{from_step}{number} devices, {some['processes']} processes")
+        number, processes = math.prod(some["mesh"].values()), some["processes"]
+        text = f"{from_step}{number} device{'s' * (number > 1)}"
+        parts.append(text if processes == 1 else f"{text} of {processes} processes")
     return ", ".join(parts)
 
 

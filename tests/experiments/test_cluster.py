@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from experiments import launch, records
+from experiments import launch, records, report
 from experiments.checkpoints import Checkpoints
 from experiments.cluster import ClusterError, join
 from experiments.command_line import ConfigError
@@ -64,6 +64,8 @@ def test_one_of_two_is_killed_and_both_go_on_exactly(cache, tmp_path, capfd, mon
     assert records.read_about(tmp_path / "run")["devices"] == [
         {"step": 0, "mesh": {"seeds": 1, "data": 8, "fsdp": 1, "tensor": 1}, "processes": 2}
     ]
+    assert report.main([str(tmp_path / "run"), f"--out={tmp_path / 'report'}"]) == 0
+    assert "; 8 devices of 2 processes; " in (tmp_path / "report/table.md").read_text()
 
 
 def test_a_signal_to_one_of_two_stops_both_at_one_step(cache, tmp_path):

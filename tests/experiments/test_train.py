@@ -113,7 +113,7 @@ def test_other_devices_go_on_with_a_run(cache, tmp_path):
         np.testing.assert_allclose(other["test_loss"], one["test_loss"], rtol=1e-4)
     assert report.main([str(tmp_path / "run"), f"--out={tmp_path / 'report'}"]) == 0
     table = (tmp_path / "report/table.md").read_text()
-    assert "8 devices, 1 processes, from step 3 on: 4 devices, 1 processes" in table
+    assert "; 8 devices, from step 3 on: 4 devices; " in table
 
 
 OTHERS = [path for path in CONFIGS if path.stem != "digits"]  # which is done above
