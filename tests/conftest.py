@@ -10,7 +10,9 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_platforms", "cpu")
 # LLVM's optimizations would take much of the time; the tests of exact numbers do compile with them.
 jax.config.update("jax_disable_most_optimizations", True)
-if jax.__version_info__ < (0, 11):  # later ones have no such flag, and end where they find it
+# Nor XLA's fusion emitters, which take a third of it: the tests on the newest JAX have those, since
+# it does not know the flag, and ends where it finds it.
+if jax.__version_info__ < (0, 11):
     os.environ["XLA_FLAGS"] = " ".join(
         [os.environ.get("XLA_FLAGS", ""), "--xla_cpu_use_fusion_emitters=false"]
     )
@@ -38,7 +40,7 @@ def x64():
 
 @pytest.fixture
 def optimized():
-    """Compiles a test as users do."""
+    """Compiles a test with LLVM's optimizations, as users do."""
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", True)
