@@ -2,6 +2,7 @@
 
 from wnjax import linen as linen
 from wnjax import nnx as nnx
+from wnjax import pytorch as pytorch
 from wnjax._axes import Neuron as Neuron
 from wnjax._axes import NotNeuron as NotNeuron
 from wnjax._data_init import Initialized as Initialized

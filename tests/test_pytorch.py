@@ -1,0 +1,480 @@
+"""State dicts in and out: keys, layouts, boxes, and what is refused. Modules: the other file."""
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import AxisType, NamedSharding
+
+import wnjax
+from wnjax.pytorch import Layout, Part, from_state_dict, lstm, to_state_dict
+from wnjax.pytorch._layouts import NAMED
+
+P = jax.P
+
+
+def array(*shape, dtype=np.float32, seed=0):
+    return np.random.default_rng(seed).normal(size=shape).astype(dtype)
+
+
+def checkpoint():
+    """A convolution in the older style, a linear layer in the newer one, a norm, a table."""
+    return {
+        "conv.weight_g": array(4, 1, 1),
+        "conv.weight_v": array(4, 2, 3),
+        "conv.bias": array(4),
+        "head.parametrizations.weight.original0": array(3, 1),
+        "head.parametrizations.weight.original1": array(3, 4),
+        "head.bias": array(3),
+        "norm.weight": array(4),
+        "norm.bias": array(4),
+        "norm.running_mean": array(4),
+        "norm.running_var": array(4) ** 2,
+        "norm.num_batches_tracked": np.array(7),
+        "table.weight": array(5, 2),
+    }
+
+
+def variables():
+    """The Flax tree for it, as shapes."""
+    shapes = {
+        "params": {
+            "conv": {"kernel": (3, 2, 4), "bias": (4,)},
+            "head": {"kernel": (4, 3), "bias": (3,)},
+            "norm": {"scale": (4,), "bias": (4,)},
+            "table": {"embedding": (5, 2)},
+        },
+        "batch_stats": {"norm": {"mean": (4,), "var": (4,)}},
+    }
+    return jax.tree.map(
+        lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32),
+        shapes,
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
+
+
+def message(state_dict, template, *args, **kwargs):
+    """What from_state_dict says against it."""
+    with pytest.raises(ValueError, match="does not fit the template") as raised:
+        from_state_dict(state_dict, template, *args, **kwargs)
+    return str(raised.value)
+
+
+def test_every_array_comes_to_its_place():
+    state = checkpoint()
+    tree = from_state_dict(state, variables())
+    conv, head = tree["params"]["conv"], tree["params"]["head"]
+    np.testing.assert_array_equal(conv["kernel"].v, state["conv.weight_v"].transpose(2, 1, 0))
+    np.testing.assert_array_equal(conv["kernel"].g, state["conv.weight_g"].transpose(2, 1, 0))
+    newer = "head.parametrizations.weight.original"
+    np.testing.assert_array_equal(head["kernel"].v, state[f"{newer}1"].T)
+    np.testing.assert_array_equal(head["kernel"].g, state[f"{newer}0"].T)
+    np.testing.assert_array_equal(tree["params"]["norm"]["scale"], state["norm.weight"])
+    np.testing.assert_array_equal(tree["batch_stats"]["norm"]["mean"], state["norm.running_mean"])
+    np.testing.assert_array_equal(tree["batch_stats"]["norm"]["var"], state["norm.running_var"])
+    np.testing.assert_array_equal(tree["params"]["table"]["embedding"], state["table.weight"])
+    assert jax.tree.structure(wnjax.fold(tree)) == jax.tree.structure(variables())
+
+
+@pytest.mark.parametrize("style", ["weight_g", "parametrizations"])
+def test_the_way_back_writes_one_style_bit_for_bit(style):
+    state = checkpoint()
+    back = to_state_dict(from_state_dict(state, variables()), style=style)
+    again = from_state_dict(back, variables())
+    chex.assert_trees_all_equal(again, from_state_dict(state, variables()))
+    assert sum(name.endswith(("_g", "original0")) for name in back) == 2
+    assert ("conv.weight_g" in back) == ("head.weight_g" in back) == (style == "weight_g")
+    for name in back.keys() & state.keys():
+        np.testing.assert_array_equal(back[name], state[name], err_msg=name)
+
+
+def test_names_by_rules_by_a_function_and_prefixes():
+    state = {f"module.net.0.{k}": x for k, x in {"weight": array(3, 2), "bias": array(3)}.items()}
+    state["other.weight"] = array(1)
+    template = {"first_0": {"kernel": jnp.zeros((2, 3)), "bias": jnp.zeros(3)}}
+    rules = {r"first_(\d)/(.*)": r"net.\1.\2"}
+    by_rules = from_state_dict(state, template, rules, prefix="module.")
+    by_function = from_state_dict(
+        state,
+        template,
+        lambda path: path.replace("first_", "module.net."),
+        ignore=[r"other\..*"],
+    )
+    chex.assert_trees_all_equal(by_rules, by_function)
+    np.testing.assert_array_equal(by_rules["first_0"]["kernel"], state["module.net.0.weight"].T)
+    back = to_state_dict(by_rules, rules, prefix="module.")
+    assert back.keys() == state.keys() - {"other.weight"}
+
+
+def test_a_leaf_without_a_name_keeps_its_value():
+    template = {"kernel": jnp.zeros((2, 3)), "temperature": jnp.ones(())}
+    state = {"weight": array(3, 2)}
+    tree = from_state_dict(state, template, {"temperature": None})
+    assert tree["temperature"] == 1
+    assert to_state_dict(tree, {"temperature": None}).keys() == {"weight"}
+    template["temperature"] = jax.ShapeDtypeStruct((), jnp.float32)
+    assert "temperature: no value" in message(state, template, {"temperature": None})
+
+
+def test_any_parameter_may_be_normalized():
+    """And its name may be any."""
+    state = {"alpha_g": array(1, 3), "alpha_v": array(2, 3)}
+    node = from_state_dict(state, {"alpha": jnp.zeros((2, 3))})["alpha"]
+    np.testing.assert_array_equal(node.v, state["alpha_v"])
+    np.testing.assert_array_equal(node.g, state["alpha_g"])
+
+
+def test_attention_splits_heads():
+    template = {
+        "query": {"kernel": jnp.zeros((6, 2, 3)), "bias": jnp.zeros((2, 3))},
+        "out": {"kernel": jnp.zeros((2, 3, 6)), "bias": jnp.zeros(6)},
+    }
+    state = {
+        "query.weight_g": array(6, 1),
+        "query.weight_v": array(6, 6, seed=1),
+        "query.bias": array(6, seed=2),
+        "out.weight_g": array(6, 1, seed=3),
+        "out.weight_v": array(6, 6, seed=4),
+        "out.bias": array(6, seed=5),
+    }
+    layouts = {"out/kernel": "linear"}
+    tree = from_state_dict(state, template, layouts=layouts)
+    x = array(5, 6)
+    plain = jax.tree.map(np.asarray, wnjax.fold(tree))
+    heads = np.einsum("bi,ihd->bhd", x, plain["query"]["kernel"]) + plain["query"]["bias"]
+    y = np.einsum("bhd,hdo->bo", heads, plain["out"]["kernel"]) + plain["out"]["bias"]
+
+    def linear(x, name):
+        g, v = state[f"{name}.weight_g"], state[f"{name}.weight_v"]
+        w = g * v / np.linalg.norm(v, axis=1, keepdims=True)
+        return x @ w.T + state[f"{name}.bias"]
+
+    np.testing.assert_allclose(y, linear(linear(x, "query"), "out"), rtol=1e-5, atol=1e-5)
+    chex.assert_trees_all_equal(to_state_dict(tree, layouts=layouts, style="weight_g"), state)
+
+
+def test_own_layouts():
+    """The alpha of a snake activation, (1, channels, 1)."""
+    layouts = {"alpha": Layout(((0,), (2,), (1,)))}
+    state = {"alpha": array(1, 4, 1)}
+    tree = from_state_dict(state, {"alpha": jnp.zeros((1, 1, 4))}, layouts=layouts)
+    np.testing.assert_array_equal(tree["alpha"][0, 0], state["alpha"][0, :, 0])
+    chex.assert_trees_all_equal(to_state_dict(tree, layouts=layouts), state)
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(
+    name=st.sampled_from(sorted(NAMED)),
+    shape=st.lists(st.integers(1, 4), min_size=3, max_size=5),
+    data=st.data(),
+)
+def test_layouts_are_undone_bit_for_bit(name, shape, data):
+    """With any shape, and whichever of its axes `dim` is."""
+    v_shape = NAMED[name][1](len(shape)).torch_shape(shape)
+    dim = data.draw(st.sampled_from([None, *range(len(v_shape))]))
+    g_shape = [size if axis == dim else 1 for axis, size in enumerate(v_shape)]
+    state = {"weight_g": array(*([] if dim is None else g_shape)), "weight_v": array(*v_shape)}
+    layouts = {"kernel": name}
+    tree = from_state_dict(state, {"kernel": jnp.zeros(shape)}, layouts=layouts)
+    back = to_state_dict(tree, layouts=layouts, style="weight_g")
+    np.testing.assert_array_equal(back["weight_v"], state["weight_v"])
+    np.testing.assert_array_equal(back["weight_g"].ravel(), state["weight_g"].ravel())
+    if dim == 0 or (dim is None and v_shape[0] > 1):  # else its shape does not tell
+        assert back["weight_g"].shape == state["weight_g"].shape
+
+
+def test_safetensors_files(tmp_path):
+    """Written by safetensors itself, in bfloat16 too."""
+    from safetensors.flax import save_file  # noqa: PLC0415
+
+    state = checkpoint()
+    del state["norm.num_batches_tracked"]
+    arrays = {name: jnp.asarray(x) for name, x in state.items()}
+    arrays["table.weight"] = arrays["table.weight"].astype(jnp.bfloat16)
+    save_file(arrays, tmp_path / "model.safetensors")
+    template = variables()
+    low = jax.ShapeDtypeStruct((5, 2), jnp.bfloat16)
+    template["params"]["table"]["embedding"] = low
+    tree = from_state_dict(tmp_path / "model.safetensors", template)
+    chex.assert_trees_all_equal(tree, from_state_dict(arrays, template))
+    assert tree["params"]["table"]["embedding"].dtype == jnp.bfloat16
+
+
+def test_files_of_another_kind():
+    with pytest.raises(ValueError, match=r"model\.pth is no \.safetensors file; .*torch\.load"):
+        from_state_dict("model.pth", variables())
+    with pytest.raises(TypeError, match="generator in the state dict is a dict, no array"):
+        from_state_dict({"generator": {}}, {"generator": jnp.zeros(1)})
+    with pytest.raises(TypeError, match=r"must be a mapping .* got a list"):
+        from_state_dict([], variables())
+
+
+def test_tensors_of_pytorch():
+    """Of any dtype, and copied: PyTorch goes on writing to its own."""
+    torch = pytest.importorskip("torch", reason="this is about its tensors")
+    weight = torch.nn.Parameter(torch.ones(3))
+    state = {"a": weight, "b": torch.ones(3, dtype=torch.bfloat16) / 3}
+    template = {"a": jnp.zeros(3), "b": jnp.zeros(3, jnp.bfloat16)}
+    tree = from_state_dict(state, template)
+    with torch.no_grad():
+        weight.mul_(2)
+    np.testing.assert_array_equal(tree["a"], np.ones(3))
+    np.testing.assert_array_equal(tree["b"].astype(np.float32), state["b"].float().numpy())
+
+
+def test_arrays_are_copied():
+    state = {"bias": array(256)}
+    before = state["bias"].copy()
+    tree = from_state_dict(state, {"bias": jnp.zeros(256)})
+    state["bias"] *= 2
+    np.testing.assert_array_equal(tree["bias"], before)
+
+
+def test_boxes_shardings_and_states():
+    state = {"kernel_g": array(4, 1), "kernel_v": array(4, 2)}
+    state = {name.replace("kernel", "weight"): x for name, x in state.items()}
+    g, v = state["weight_g"].T, state["weight_v"].T
+    boxed = {"kernel": nn.Partitioned(jnp.zeros((2, 4)), ("in", "out"))}
+    node = from_state_dict(state, boxed)["kernel"]
+    assert (node.g.names, node.v.names) == ((None, "out"), ("in", "out"))
+    np.testing.assert_array_equal(node.g.value, g)
+    chex.assert_trees_all_equal(to_state_dict({"kernel": node}, style="weight_g"), state)
+
+    mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
+    sharding = NamedSharding(mesh, P("x", "y"))
+    shapes = {"kernel": jax.ShapeDtypeStruct((2, 4), jnp.float32, sharding=sharding)}
+    node = from_state_dict(state, shapes)["kernel"]
+    assert node.v.sharding == sharding
+    assert node.g.sharding == NamedSharding(mesh, P(None, "y"))
+    np.testing.assert_array_equal(node.v, v)
+
+    states = nnx.state(nnx.Linear(2, 4, use_bias=False, rngs=nnx.Rngs(0)))
+    loaded = from_state_dict(state, states)
+    assert isinstance(loaded, nnx.State)
+    np.testing.assert_array_equal(loaded["kernel"].get_value().g, g)
+    np.testing.assert_array_equal(loaded["kernel"].get_value().v, v)
+
+
+def test_a_template_with_nodes_wants_them():
+    template = wnjax.weight_norm({"kernel": jax.ShapeDtypeStruct((2, 4), jnp.float32)})
+    state = {"weight_g": array(4, 1), "weight_v": array(4, 2)}
+    plain = {"kernel": jnp.zeros((2, 4))}
+    chex.assert_trees_all_equal(from_state_dict(state, template), from_state_dict(state, plain))
+    text = message({"weight": array(4, 2)}, template)
+    assert "kernel: weight is a plain weight without weight_g, and the template has g" in text
+    text = message(state | {"weight_g": array(1, 2)}, template)
+    assert "weight_g gives a WeightNorm with g of shape (2, 1), the template has a Wei" in text
+    assert "with g of shape (1, 4)" in text
+    log = wnjax.weight_norm({"kernel": jnp.ones((2, 4))}, log_scale=True)
+    assert "LogWeightNorm with log_g of shape (1, 4)" in message(state, log)
+
+
+def test_log_gains_are_written_as_gains():
+    w = {"kernel": jnp.abs(array(2, 4)) + 1}
+    state = to_state_dict(wnjax.weight_norm(w, log_scale=True), style="weight_g")
+    lengths = np.linalg.norm(w["kernel"], axis=0)[:, None]
+    np.testing.assert_allclose(state["weight_g"], lengths, rtol=1e-6)
+
+
+class TestBadCheckpoints:
+    """Every error: what is wrong, where, and what to do."""
+
+    def test_all_that_is_missing_and_unexpected_at_once(self):
+        state = checkpoint()
+        state["headd.weight"] = state.pop("head.bias")
+        state["extra.weight_g"] = array(1)
+        del state["norm.running_var"]
+        state["conv.bias"] = array(5)
+        assert message(state, variables()) == (
+            "the state dict does not fit the template\n"
+            "2 leaves of the template that the state dict lacks (leaf: name):\n"
+            "  batch_stats/norm/var: norm.running_var\n"
+            "  params/head/bias: head.bias\n"
+            "2 names in the state dict that no leaf takes (names or ignore may tell):\n"
+            "  extra.weight_g\n"
+            "  headd.weight\n"
+            "1 leaves that do not fit:\n"
+            "  params/conv/bias: conv.bias has shape (5,), but the leaf of shape (4,), in the "
+            "layout 'same', needs (4,)"
+        )
+
+    def test_wrong_shape(self):
+        text = message({"weight": array(3, 5)}, {"kernel": jnp.zeros((4, 3))})
+        assert text.endswith(
+            "kernel: weight has shape (3, 5), but the leaf of shape (4, 3), in the layout "
+            "'linear', needs (3, 4)"
+        )
+
+    def test_transposed_without_being_told(self):
+        """A ConvTranspose, and a linear layer that keeps its inputs first."""
+        state = {"weight_g": array(6, 1, 1), "weight_v": array(6, 4, 3)}
+        template = {"kernel": jnp.zeros((3, 6, 4))}
+        assert (
+            "weight_v has shape (6, 4, 3), but the leaf of shape (3, 6, 4), in the layout 'conv', "
+            "needs (4, 6, 3). It would fit as 'conv_transpose': if that is what it is, say so in "
+            "layouts"
+        ) in message(state, template)
+        from_state_dict(state, template, layouts={"kernel": "conv_transpose"})
+        text = message({"weight": array(4, 3)}, {"kernel": jnp.zeros((4, 3))})
+        assert "It would fit as 'same'" in text
+
+    @pytest.mark.parametrize("shape", [(4,), (1, 4, 1), (4, 1), (4, 2, 1), (4, 2, 3), (3, 1, 1)])
+    def test_gains_of_a_shape_that_pytorch_takes_silently(self, shape):
+        state = checkpoint() | {"conv.weight_g": array(*shape)}
+        assert (
+            f"params/conv/kernel: conv.weight_g of shape {shape} does not fit conv.weight_v of "
+            "shape (4, 2, 3): give it the size of one axis, dim, and size 1 on the others"
+        ) in message(state, variables())
+
+    @pytest.mark.parametrize(
+        ("lacking", "there"),
+        [
+            ("conv.weight_g", "conv.weight_v"),
+            ("conv.weight_v", "conv.weight_g"),
+            (
+                "head.parametrizations.weight.original0",
+                "head.parametrizations.weight.original1",
+            ),
+        ],
+    )
+    def test_g_or_v_is_missing(self, lacking, there):
+        state = checkpoint()
+        del state[lacking]
+        assert f"{there} is there without {lacking}" in message(state, variables())
+
+    def test_one_weight_in_two_forms(self):
+        state = checkpoint() | {
+            "conv.weight": array(4, 2, 3),
+            "head.weight_g": array(3, 1),
+            "head.weight_v": array(3, 4),
+        }
+        text = message(state, variables())
+        assert (
+            "conv.weight is there in 2 forms: conv.weight, conv.weight_g, conv.weight_v. Keep"
+        ) in text
+        assert (
+            "head.weight is there in 2 forms: head.parametrizations.weight.original0, "
+            "head.parametrizations.weight.original1, head.weight_g, head.weight_v. Keep one"
+        ) in text
+
+    @pytest.mark.parametrize("dtype", [np.float16, jnp.bfloat16])
+    def test_gains_in_half_precision(self, dtype):
+        state = checkpoint()
+        for name in ("conv.weight_g", "conv.weight_v"):
+            state[name] = state[name].astype(dtype)
+        assert (
+            f"conv.weight_g is {np.dtype(dtype)}, and every rounding of g changes a neuron's "
+            "length. Save the model before .half(), or pass half_gains=True"
+        ) in message(state, variables())
+        node = from_state_dict(state, variables(), half_gains=True)["params"]["conv"]["kernel"]
+        assert node.g.dtype == node.v.dtype == jnp.float32
+        np.testing.assert_array_equal(node.g.ravel(), state["conv.weight_g"].ravel())
+
+    def test_values_that_the_template_cannot_hold(self):
+        state = checkpoint()
+        state["conv.bias"] = state["conv.bias"].astype(np.float64)  # holds float32 values
+        state["head.bias"] = np.full(3, 0.1)
+        state["norm.bias"] = np.ones(4, np.int32)
+        text = message(state, variables())
+        assert "conv/bias" not in text
+        assert "head/bias: head.bias is float64, and the template's float32 does not hold" in text
+        assert "norm/bias: norm.bias is int32, and the template's float32 does not hold" in text
+
+    def test_prefixes_that_nothing_has(self):
+        with pytest.raises(
+            ValueError, match=r"begins with the prefix 'module\.'; they begin like c"
+        ):
+            from_state_dict(checkpoint(), variables(), prefix="module.")
+
+    @pytest.mark.parametrize("rules", [{"names": {"cnv": ""}}, {"layouts": {"cnv": "same"}}])
+    def test_patterns_that_match_nothing(self, rules):
+        (argument,) = rules
+        with pytest.raises(ValueError, match=f"{argument}: the pattern 'cnv' matches no leaf"):
+            from_state_dict(checkpoint(), variables(), **rules)
+
+    def test_names_and_layouts_that_are_none(self):
+        with pytest.raises(TypeError, match="names: kernel must be given a string, a Part or None"):
+            from_state_dict({}, {"kernel": jnp.zeros((2, 3))}, {"kernel": 3})
+        for layout, error in {
+            "convolution": r"kernel: 'convolution' is no layout; choose from linear, heads, conv",
+            "conv": r"kernel has 2 axes, 'conv' needs 3 or more",
+            Layout(((0,),)): r"kernel has 2 axes, .* does not name each once",
+        }.items():
+            with pytest.raises(ValueError, match=error):
+                from_state_dict({}, {"kernel": jnp.zeros((2, 3))}, layouts={"kernel": layout})
+
+
+class TestParts:
+    """Gates of an LSTM, and what cannot be taken apart."""
+
+    @pytest.mark.parametrize("fused", [False, True])
+    def test_nnx_cells(self, fused):
+        """Against the equations of an LSTM in numpy."""
+        make = nnx.OptimizedLSTMCell if fused else nnx.LSTMCell
+        cell = make(3, 4, rngs=nnx.Rngs(0))
+        state = {
+            "rnn.weight_ih_l1": array(16, 3),
+            "rnn.weight_hh_l1": array(16, 4, seed=1),
+            "rnn.bias_ih_l1": array(16, seed=2),
+            "rnn.bias_hh_l1": array(16, seed=3),
+        }
+        graph, template = nnx.split({"cell": cell})
+        names = lstm("cell", "rnn", layer=1, fused=fused)
+        params = from_state_dict(state, template, names)
+        x, h, c = array(2, 3, seed=4), array(2, 4, seed=5), array(2, 4, seed=6)
+        (new_c, new_h), _ = nnx.merge(graph, params)["cell"]((c, h), x)
+        gates = x @ state["rnn.weight_ih_l1"].T + state["rnn.bias_ih_l1"]
+        gates += h @ state["rnn.weight_hh_l1"].T + state["rnn.bias_hh_l1"]
+        i, f, g, o = np.split(gates, 4, axis=1)
+
+        def sigmoid(x):
+            return 1 / (1 + np.exp(-x))
+
+        wanted_c = sigmoid(f) * c + sigmoid(i) * np.tanh(g)
+        np.testing.assert_allclose(new_c, wanted_c, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(new_h, sigmoid(o) * np.tanh(wanted_c), rtol=1e-5, atol=1e-5)
+        back = to_state_dict(params, names)
+        assert back.keys() == state.keys()
+        chex.assert_trees_all_equal(from_state_dict(back, template, names), params)
+
+    def test_the_reverse_direction(self):
+        assert lstm("cell", "rnn", reverse=True)["cell/ii/kernel"] == Part(
+            "rnn.weight_ih_l0_reverse", 0, 4
+        )
+
+    def test_gains_that_parts_share(self):
+        template = {"a": {"kernel": jnp.zeros((3, 2))}, "b": {"kernel": jnp.zeros((3, 2))}}
+        names = {"a/kernel": Part("weight", 0, 2), "b/kernel": Part("weight", 1, 2)}
+        state = {"weight_g": array(1, 3), "weight_v": array(4, 3)}
+        assert (
+            "a/kernel: weight_g of shape (1, 3) is shared by the 2 parts of weight_v of shape "
+            "(4, 3), and each needs its own: only dim=0 can be split"
+        ) in message(state, template, names)
+        text = message({"weight": array(5, 3)}, template, names)
+        assert "weight of shape (5, 3) does not split into 2 parts" in text
+        names = {"[ab]/kernel": Part(("weight", "more"))}
+        text = message(state | {"more": array(4, 3)}, template, names)
+        assert "weight and more must be plain and of one shape to be added" in text
+
+    def test_parts_that_are_lacking_or_there_twice(self):
+        template = {"a": {"kernel": jnp.zeros((3, 2))}, "b": {"kernel": jnp.zeros((3, 2))}}
+        with pytest.raises(ValueError, match=r"weight: no leaf gives part \[1\] of 2, as a/kernel"):
+            to_state_dict(template, {"a/kernel": Part("weight", 0, 2), "b/kernel": None})
+        with pytest.raises(ValueError, match="a/kernel and b/kernel are both weight"):
+            to_state_dict(template, {"[ab]/kernel": "weight"})
+
+
+def test_what_pytorch_cannot_have():
+    """A gain for each layer of a stack and each of its neurons."""
+    stack = wnjax.weight_norm({"blocks": jnp.ones((2, 3, 4))}, {"blocks": (0, 2)})
+    with pytest.raises(ValueError, match=r"blocks: g of shape \(2, 1, 4\) .* along several axes"):
+        to_state_dict(stack)
+    plain = to_state_dict(wnjax.fold(stack))
+    assert plain["blocks"].shape == (2, 3, 4)
+    with pytest.raises(ValueError, match="style must be one of parametrizations, weight_g"):
+        to_state_dict(stack, style="old")
