@@ -11,7 +11,7 @@ Expect:   test error after 400 steps, mean ± std over 3 seeds: plain 3.2 ± 0.2
           --config.optimizer.learning_rate=0.3 and --config.seeds=10: plain 5.5 ± 1.3,
           weight_norm 2.8 ± 0.7, batch_norm 1.4 ± 0.3 %.
 Time:     about 20 s on 2 CPU cores, most of it compiling (x86-64, jax 0.10.2).
-Sweep:    the learning rate and three of the variants: the table of the README.
+Sweep:    the learning rate and three of the variants: docs/experiments.md.
 Variants: weight_norm, plain, weight_norm_init, batch_norm, mean_only, weight_norm_mean_only, smoke
 """
 

@@ -292,13 +292,13 @@ class TestBadCheckpoints:
         state["conv.bias"] = array(5)
         assert message(state, variables()) == (
             "the state dict does not fit the template\n"
-            "2 leaves of the template that the state dict lacks (leaf: name):\n"
+            "leaves of the template that the state dict lacks (leaf: name):\n"
             "  batch_stats/norm/var: norm.running_var\n"
             "  params/head/bias: head.bias\n"
-            "2 names in the state dict that no leaf takes (names or ignore may tell):\n"
+            "names in the state dict that no leaf takes (names or ignore may tell):\n"
             "  extra.weight_g\n"
             "  headd.weight\n"
-            "1 leaves that do not fit:\n"
+            "leaves that do not fit:\n"
             "  params/conv/bias: conv.bias has shape (5,), but the leaf of shape (4,), in the "
             "layout 'same', needs (4,)"
         )

@@ -1,5 +1,6 @@
 """Weight normalization for JAX and Flax: w = g·v/‖v‖."""
 
+from wnjax import convert as convert
 from wnjax import linen as linen
 from wnjax import nnx as nnx
 from wnjax import pytorch as pytorch

@@ -250,7 +250,7 @@ def _check(missing: list[str], unexpected: list[str], misfits: list[str]) -> Non
         "leaves that do not fit": misfits,
     }
     texts = [
-        f"{len(items)} {heading}:" + "".join(f"\n  {item}" for item in items)
+        f"{heading}:" + "".join(f"\n  {item}" for item in items)
         for heading, items in headings.items()
         if items
     ]
