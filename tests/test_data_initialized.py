@@ -1,5 +1,7 @@
 """The first step initializes, the others are the optimizer's."""
 
+from functools import partial
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,7 @@ import pytest
 
 import wnjax
 from tests import toys
+from tests.test_sharding import JITS, everywhere, spread
 
 AXES = {".*/kernel": 1, ".*/bias": None}
 
@@ -103,3 +106,48 @@ def test_options_and_extra_arguments_are_passed_on():
     optimizer.update(params, state, params, value=3.0)
     assert all(extra.keys() == {"value"} for extra in seen)
     assert seen[-1]["value"] == 3.0
+
+
+def two_steps(optimizer, params, *batches):
+    """The initialization, and a step of the optimizer, whose gradients are a function of params."""
+    with jax.numpy_dtype_promotion("standard"):  # for optax
+        state = optimizer.init(params)
+        for batch in batches:
+            grads = jax.tree.map(jnp.sin, params)
+            updates, state = optimizer.update(grads, state, params, batch=batch)
+            params = optax.apply_updates(params, updates)
+    return params
+
+
+@everywhere
+@pytest.mark.parametrize("name", ["weight_normalized", "nodes"])
+@pytest.mark.parametrize("initialized", ["data_init", "data_initialized"])
+def test_devices_with_a_part_of_the_batch_agree_with_the_whole(how, name, initialized):
+    inner, has_nodes = OPTIMIZERS[name]
+    params = toys.mlp_params()
+    params = wnjax.weight_norm(params, AXES) if has_nodes else params
+    batches = (BATCH, BATCH[::-1]) if initialized == "data_initialized" else (BATCH,)
+
+    def run(**options):
+        if initialized == "data_init":
+            return lambda params, batch: wnjax.data_init(toys.mlp, params, batch, **options)
+        optimizer = wnjax.data_initialized(inner, toys.mlp, **options)
+        return lambda params, *batches: two_steps(optimizer, params, *batches)
+
+    fn = run() if how in JITS else run(axis_name="data")
+    found = spread(how, fn, (jax.P(), *[jax.P("data")] * len(batches)), params, *batches)
+    chex.assert_trees_all_close(found, jax.jit(run())(params, *batches), rtol=1e-4, atol=1e-5)
+
+
+def test_split_fan_in_axes_are_refused():
+    """Its axis_name is that of the batch, and the sum over devices comes after the moments."""
+    nodes = wnjax.weight_norm({"kernel": BATCH[:8]}, axes={"kernel": -1})
+
+    def fn(params, x):
+        return jax.lax.psum(x @ params["kernel"], "x")
+
+    specs = ({"kernel": wnjax.WeightNorm(g=jax.P(), v=jax.P("x"))}, jax.P(None, "x"))
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    init = jax.shard_map(partial(wnjax.data_init, fn), mesh=mesh, in_specs=specs, out_specs=None)
+    with pytest.raises(ValueError, match=r"^kernel: its fan-in axes seem to be split over 'x'"):
+        init(nodes, jnp.ones((200, 8)))

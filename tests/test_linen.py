@@ -16,6 +16,7 @@ from flax.training.train_state import TrainState
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 import wnjax
+from tests.test_sharding import DENSE, dense_layouts, normal, sgd_step, spread
 from tests.toys import Attention, train
 from wnjax.linen import WeightNorm
 
@@ -347,3 +348,35 @@ def test_axes_that_do_not_fit_are_refused(case):
     module, axes, message = REFUSED[case]
     with pytest.raises(ValueError, match=message):
         WeightNorm(module, axes=axes).init(KEY, X)
+
+
+def sharded_step(how, layout):
+    """A step on shards; what it is to be, as a function; and its arguments."""
+    kernel, g, bias, outputs = DENSE[layout]
+    batch = normal(16, 8, seed=1), normal(16, 12, seed=2)
+    variables = with_gains_doubled(init(WeightNorm(nn.Dense(12)), batch[0]))
+
+    def step(variables, *batch, how=how):
+        v = variables["params"]["layer_instance"]["kernel"].v
+        module = WeightNorm(nn.Dense(v.shape[1]))  # of the neurons that are here
+
+        def loss(variables, x, y):
+            return jnp.mean((module.apply(variables, x) - y) ** 2)
+
+        return sgd_step(loss, how, variables, *batch)
+
+    layer = {"kernel": wnjax.WeightNorm(g, kernel), "bias": bias}
+    specs = ({"params": {"layer_instance": layer}}, jax.P("data"), outputs)
+    return (lambda: spread(how, step, specs, variables, *batch)), step(variables, *batch, how=None)
+
+
+@dense_layouts
+def test_a_step_on_shards_is_that_on_the_whole(how, layout):
+    found, expected = sharded_step(how, layout)
+    assert_close(found(), expected, 1e-5)
+
+
+def test_the_norm_of_a_shard_is_refused():
+    found, _ = sharded_step("shard_map", "fan-in")
+    with pytest.raises(ValueError, match="kernel: its fan-in axes seem to be split"):
+        found()

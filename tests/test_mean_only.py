@@ -1,5 +1,7 @@
 """Mean-only batch normalization against flax's BatchNorm with the variance fixed at 1."""
 
+from functools import partial
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -8,6 +10,7 @@ import pytest
 from flax import nnx
 
 import wnjax
+from tests.test_sharding import JITS, everywhere, sgd_step, spread
 
 
 def data(*shape, seed=0):
@@ -180,3 +183,33 @@ def test_data_init_with_mean_only_batch_norm():
         (y,) = state["intermediates"][f"MeanOnlyBatchNorm_{i}"]["__call__"]
         np.testing.assert_allclose(y.mean((0, 1, 2)), 0, atol=1e-4)
         np.testing.assert_allclose(y.std((0, 1, 2)), 1, atol=1e-3)
+
+
+@everywhere
+@pytest.mark.parametrize("split", [False, True], ids=["batch", "batch and features"])
+@LAYERS
+def test_a_step_on_shards_is_that_on_the_whole(make, how, split):
+    """The gradient of what comes before is centered, the bias trains, and the mean runs."""
+
+    def step(tree, x, how=how):
+        options = {} if how in (None, *JITS) else {"axis_name": "data"}
+
+        def layer(trained, x):
+            scaled = x * jnp.broadcast_to(trained["scale"], x.shape)
+            fn = make(scaled, momentum=0.5, **options)
+            return fn(trained["bias"], tree["mean"], scaled)
+
+        def loss(trained, x):
+            return jnp.mean(jnp.sin(layer(trained, x)[0]) * jnp.cos(x))
+
+        trained = {name: tree[name] for name in ("scale", "bias")}
+        return sgd_step(loss, how, trained, x) | {"mean": layer(trained, x)[1]}
+
+    tree = {name: data(12, seed=i) for i, name in enumerate(("scale", "bias", "mean"))}
+    x = data(16, 12, seed=4)
+    features = "tensor" if split else None
+    specs = ({name: jax.P(features) for name in tree}, jax.P("data", features))
+    found = spread(how, step, specs, tree, x)
+    expected = step(tree, x, how=None)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), found, expected)
+    assert all(float(jnp.abs(expected[name] - tree[name]).max()) > 1e-4 for name in tree)

@@ -10,7 +10,9 @@ import optax
 import pytest
 from flax import nnx
 
-from tests.toys import train
+import wnjax
+from tests import toys
+from tests.test_sharding import DENSE, dense_layouts, normal, sgd_step, spread
 from wnjax.nnx import WeightNorm
 
 X = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
@@ -190,7 +192,7 @@ def test_adam_steps_equal_those_by_hand(is_called_first):
     optimizer = nnx.Optimizer(module, optax.adam(0.1), wrt=nnx.Param)
     for _ in range(3):
         step(module, optimizer)
-    assert_close(params(module), train(optax.adam(0.1), loss, start, 3))
+    assert_close(params(module), toys.train(optax.adam(0.1), loss, start, 3))
     assert all(np.abs(a - start[path]).min() > 1e-3 for path, a in params(module).items())
 
 
@@ -314,7 +316,7 @@ def test_neurons_of_zeros_train():
     def loss(state):
         return jnp.mean((nnx.merge(graph, state)(X) - target) ** 2)
 
-    assert loss(train(optax.adam(0.3), loss, state, 100)) < 0.01 * loss(state)
+    assert loss(toys.train(optax.adam(0.3), loss, state, 100)) < 0.01 * loss(state)
 
 
 @pytest.mark.parametrize("name", ["param_dtype", "dtype"])
@@ -365,3 +367,81 @@ def test_an_optimizer_made_before_the_first_call_that_finds_other_axes():
 def test_axes_are_never_taken_for_traced():
     with pytest.raises(TypeError, match="axes must be None"):
         WeightNorm(linear(), axes="trace")
+
+
+def sharded_step(how, layout):
+    """A step on shards; what it is to be; both as trees of g, v and the bias."""
+    kernel, g, bias, outputs = DENSE[layout]
+    batch = normal(16, 8, seed=1), normal(16, 12, seed=2)
+    state = nnx.state(WeightNorm(nnx.Linear(8, 12, rngs=nnx.Rngs(0))), nnx.Param)
+    start = {
+        "g": 2 * state["g"]["kernel"].get_value(),
+        "v": state["layer_instance"]["kernel"].get_value(),
+        "bias": state["layer_instance"]["bias"].get_value(),
+    }
+
+    def step(arrays, *batch, how=how):
+        def loss(arrays, x, y):
+            layer = nnx.Linear(*arrays["v"].shape, rngs=nnx.Rngs(0))  # of the neurons that are here
+            module = WeightNorm(layer, axes={"kernel": -1})
+            module.g["kernel"].set_value(arrays["g"])
+            layer.kernel.set_value(arrays["v"])
+            layer.bias.set_value(arrays["bias"])
+            return jnp.mean((module(x) - y) ** 2)
+
+        return sgd_step(loss, how, arrays, *batch)
+
+    specs = ({"g": g, "v": kernel, "bias": bias}, jax.P("data"), outputs)
+    return (lambda: spread(how, step, specs, start, *batch)), step(start, *batch, how=None)
+
+
+@dense_layouts
+def test_a_step_on_shards_is_that_on_the_whole(how, layout):
+    found, expected = sharded_step(how, layout)
+    assert_close(found(), expected, 1e-5)
+
+
+def test_the_norm_of_a_shard_is_refused():
+    found, _ = sharded_step("shard_map", "fan-in")
+    with pytest.raises(ValueError, match="kernel: its fan-in axes seem to be split"):
+        found()
+
+
+def off_start(model):
+    """A state with nodes of other lengths than those of v."""
+    nodes = wnjax.weight_norm(nnx.state(model, nnx.Param))
+    half = {"g": lambda g: g / 2, "v": lambda v: 3 * v, "other": lambda x: x}
+    return jax.tree.map(lambda label, x: half[label](x), wnjax.labels(nodes), nodes)
+
+
+def test_params_that_are_nodes_keep_g_and_v():
+    """And an optimizer step is that of training the nodes themselves."""
+    model, x = toys.TwoLayers(nnx.Rngs(0)), jnp.ones((2, 3))
+    graph, _ = nnx.split(model)
+    nodes = off_start(model)
+    nnx.update(model, nodes)
+    layer = WeightNorm(model)
+    chex.assert_trees_all_equal(layer.nodes(), nodes)
+
+    def loss(call):
+        return jnp.mean(call(x) ** 2)
+
+    optimizer = optax.sgd(0.1)
+    grads = jax.grad(lambda nodes: loss(nnx.merge(graph, wnjax.fold(nodes))))(nodes)
+    updates, _ = optimizer.update(grads, optimizer.init(nodes))
+    wanted = optax.apply_updates(nodes, updates)
+    nnx.Optimizer(layer, optimizer, wrt=nnx.Param).update(layer, nnx.grad(loss)(layer))
+    chex.assert_trees_all_close(layer.nodes(), wanted, rtol=1e-6)
+    assert not layer.needs_check
+
+
+def test_params_that_are_nodes_say_their_axes():
+    model = toys.TwoLayers(nnx.Rngs(0))
+    nnx.update(model, off_start(model))
+    with pytest.raises(ValueError, match="which say their axes: leave axes out\n  first/kernel"):
+        WeightNorm(model, axes={".*/kernel": -1})
+    model = toys.TwoLayers(nnx.Rngs(0))
+    log = wnjax.weight_norm(nnx.state(model, nnx.Param), log_scale=True)
+    nnx.update(model, log)
+    with pytest.raises(ValueError, match="not as log_g:\n  first/kernel"):
+        WeightNorm(model)

@@ -4,6 +4,7 @@ Their state dicts become Flax trees that compute the same, take the same step of
 go back bit for bit.
 """
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -188,3 +189,8 @@ def test_nnx_computes_and_trains_alike(api, record):
     stepped, y = step(lambda p, x: nnx.merge(graph, p)(x), params, jnp.asarray(x), target)
     assert_close({"y": y}, {"y": channels_last(record["call"]["y"])})
     assert_close(to_state_dict(stepped, layouts=layouts, style=api), record["stepped"])
+
+    nnx.update(model, params)
+    layer = wnjax.nnx.WeightNorm(model)
+    assert_close({"y": jax.jit(layer.folded())(x)}, {"y": channels_last(record["call"]["y"])})
+    chex.assert_trees_all_equal(layer.nodes(), params)

@@ -62,6 +62,68 @@ def same_layout(x, spec):
     return x.sharding.is_equivalent_to(NamedSharding(x.sharding.mesh, spec), x.ndim)
 
 
+JITS = {"jit auto": AUTO, "jit explicit": EXPLICIT}
+everywhere = pytest.mark.parametrize("how", [*JITS, "shard_map", "pmap"])
+
+
+# Of a dense layer: kernel, gain, bias and outputs.
+DENSE = {
+    "features": (P(None, "tensor"), P(None, "tensor"), P("tensor"), P("data", "tensor")),
+    "fan-in": (P("tensor", None), P(), P(), P("data")),
+}
+# Under jit a plain layer works in both layouts; in shard_map it has no sum over devices for the
+# second; under pmap, where all of it is everywhere, there is no layout.
+dense_layouts = pytest.mark.parametrize(
+    ("how", "layout"),
+    [
+        (how, layout)
+        for how in [*JITS, "shard_map", "pmap"]
+        for layout in DENSE
+        if how in JITS or layout == "features"
+    ],
+)
+
+
+def spread(how, fn, specs, tree, *batch):
+    """What `fn` makes of a tree and examples on eight devices: a tree in the first one's layout.
+
+    Under `shard_map` and `pmap`, where `fn` sees shards, the examples lie along the axis "data";
+    under `pmap`, the tree is on every device, and the results of all must agree.
+    """
+    if how == "pmap":
+        shards = [x.reshape(8, -1, *x.shape[1:]) for x in batch]
+        in_axes = (None, *[0] * len(batch))
+        results = jax.device_get(jax.pmap(fn, axis_name="data", in_axes=in_axes)(tree, *shards))
+        first = jax.tree.map(lambda x: x[0], results)
+        for i in range(1, 8):
+            chex.assert_trees_all_equal(jax.tree.map(lambda x, i=i: x[i], results), first)
+        return first
+    mesh = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(JITS.get(how, AUTO),) * 2)
+    if how == "shard_map":
+        shards = jax.shard_map(fn, mesh=mesh, in_specs=specs, out_specs=specs[0])
+        return jax.device_get(jax.jit(shards)(tree, *batch))
+    with jax.set_mesh(mesh):
+        args = (tree, *batch)
+        specs = jax.tree.broadcast(specs, args, is_leaf=lambda x: isinstance(x, P))
+        return jax.device_get(jax.jit(fn)(*jax.tree.map(put, args, specs)))
+
+
+def sgd_step(loss, how, tree, *batch):
+    """The tree after one step; the loss is the mean over the examples, and over split features."""
+    axes = {"shard_map": ("data", "tensor"), "pmap": ("data",)}.get(how, ())
+
+    def mean_loss(tree):
+        mean = loss(tree, *batch)
+        for axis in axes:
+            mean = jax.lax.pmean(mean, axis)
+        return mean
+
+    grads = jax.grad(mean_loss)(tree)
+    if how == "pmap":  # elsewhere JAX sums over what the parameters do not vary along
+        grads = jax.lax.pmean(grads, axes)
+    return jax.tree.map(lambda p, grad: p - 0.1 * grad, tree, grads)
+
+
 def step(optimizer):
     """One update, with gradients that are a function of the weights."""
 
@@ -192,12 +254,40 @@ def test_a_model_sends_what_the_plain_one_does_and_sums(mesh, layout, form):
 )
 @pytest.mark.parametrize("as_nodes", [False, True])
 def test_data_init_of_shards_is_that_of_the_whole(mesh, layout, as_nodes):
-    """Under jit, with the batch spread over devices, too."""
+    """Under jit, with the batch spread over devices, too; beyond the network's, sums are sent."""
     params, x = problem(layout)
     tree = wnjax.weight_norm(params, {"up|down": -1}) if as_nodes else params
     init = jax.jit(partial(wnjax.data_init, mlp))
     alone = jax.device_get((tree, x))
     chex.assert_trees_all_close(init(tree, x), init(*alone), rtol=1e-4, atol=1e-5)
+    sent = collectives(init, tree, x)
+    for one in collectives(mlp, params, x):
+        sent.remove(one)
+    neurons = set(MODELS[layout][1])
+    assert {operation for operation, _ in sent} == {"all-reduce"}
+    assert neurons <= {numbers for _, numbers in sent}
+    assert max(numbers for _, numbers in sent) <= max(neurons)
+
+
+@axis_types
+def test_views_of_shards_are_those_of_the_whole(mesh):
+    params, x = problem("fsdp")
+    whole = jax.device_get((params, x))
+    axes = wnjax.neurons(mlp, params, x)
+    assert axes == wnjax.neurons(mlp, *whole)
+    assert wnjax.summary(axes) == wnjax.summary(wnjax.neurons(mlp, *whole))
+    found = []
+
+    @jax.jit
+    def inside(params, x):  # where shards have their sharding in their types, too
+        found.append(wnjax.neurons(mlp, params, x))
+
+    inside(params, x)
+    assert found == [axes]
+    nodes, whole_nodes = wnjax.weight_norm(params, axes), wnjax.weight_norm(whole[0], axes)
+    assert wnjax.summary(nodes) == wnjax.summary(whole_nodes)
+    node = wnjax.WeightNorm("g", "v")
+    assert wnjax.labels(nodes) == {"up": node, "bias": "other", "down": node}
 
 
 @axis_types

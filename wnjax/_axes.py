@@ -126,8 +126,7 @@ def weights_of(params: chex.ArrayTree, axes: Axes) -> dict[int, tuple[int, ...]]
     Raises:
       ValueError: if no leaf is a weight, and none is masked; and as `decide` and `canonical_axes`.
     """
-    given = jax.tree.leaves(params, is_leaf=_is_masked)
-    is_part = not given or any(map(_is_masked, given))  # none in optax.tree_map_params
+    is_part = is_part_of_tree(params)
     decided = list(enumerate(decide(params, axes, is_part=is_part)))
     weights = {
         i: canonical_axes(path, leaf, decision.feature_axes)
@@ -138,6 +137,12 @@ def weights_of(params: chex.ArrayTree, axes: Axes) -> dict[int, tuple[int, ...]]
         kept = [f"{path}: {d.reason}" for _, (path, _, d) in decided if isinstance(d, NotNeuron)]
         raise ValueError(f"no leaf is a weight; pass axes to choose them:{listing(kept)}")
     return weights
+
+
+def is_part_of_tree(params: chex.ArrayTree) -> bool:
+    """Whether `optax.masked` or `optax.multi_transform` has left something out."""
+    given = jax.tree.leaves(params, is_leaf=_is_masked)
+    return not given or any(map(_is_masked, given))  # none in optax.tree_map_params
 
 
 def _is_masked(x: Any) -> bool:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from wnjax._nodes import WeightNorm, in_range, inverse_root
+from wnjax._nodes import FanIn, WeightNorm, in_range, inverse_root, total
 
 
 class View(NamedTuple):
@@ -19,7 +19,7 @@ class View(NamedTuple):
       length: sign(g)·‖v‖.
       per_w: v/w.
       is_zero: where w has no direction. There v is 0, and its gradient is that of w.
-      fan_in: the axes that the norm runs over.
+      fan_in: what the norm runs over.
     """
 
     w: jax.Array
@@ -27,7 +27,7 @@ class View(NamedTuple):
     length: jax.Array
     per_w: jax.Array
     is_zero: jax.Array
-    fan_in: tuple[int, ...]
+    fan_in: FanIn
 
     @property
     def node(self) -> WeightNorm:
@@ -50,18 +50,18 @@ class Step(NamedTuple):
 
 
 def chain_rule(
-    w: jax.Array, grad: jax.Array, length: jax.Array, fan_in: tuple[int, ...]
+    w: jax.Array, grad: jax.Array, length: jax.Array, fan_in: FanIn
 ) -> tuple[View, WeightNorm]:
     """A weight as g and v, and its gradient as theirs.
 
     dL/dg = ⟨dL/dw, v⟩/‖v‖,   dL/dv = (g/‖v‖)(dL/dw − ⟨dL/dw, v⟩/‖v‖²·v)
     """
-    squared_norm = _dot(w, w, fan_in)
+    squared_norm = total(w * w, fan_in)
     is_zero = (squared_norm < 1) & ~in_range(squared_norm)
     inverse = inverse_root(squared_norm)
     g = jnp.where(is_zero, 0, jnp.sign(length) * jnp.sqrt(squared_norm))
     view = View(w, g, length, length * inverse, is_zero, fan_in)
-    along = _dot(grad, w, fan_in) * inverse  # ⟨dL/dw, v⟩/‖v‖, but for its sign
+    along = total(grad * w, fan_in) * inverse  # ⟨dL/dw, v⟩/‖v‖, but for its sign
     ratio = jnp.where(is_zero, 1, g / jnp.abs(length))
     return view, WeightNorm(jnp.sign(length) * along, ratio * (grad - (along * inverse) * w))
 
@@ -76,7 +76,7 @@ def step_back(view: View, change: WeightNorm) -> Step:
     w, g, length, per_w, is_zero, fan_in = view
     norm = jnp.abs(length)
     # In one sum and of w, not v: so XLA stores no other array than Δv for it.
-    more = _dot((2 * per_w) * w + change.v, change.v, fan_in)
+    more = total(((2 * per_w) * w + change.v) * change.v, fan_in)
     squared = jnp.where(is_zero, more, norm * norm + more)
     new_norm = jnp.where(in_range(squared), jnp.sqrt(squared), norm)
     new_g = jnp.where(is_zero, new_norm, g + change.g)
@@ -87,7 +87,3 @@ def step_back(view: View, change: WeightNorm) -> Step:
     step = w * turned + scale * change.v
     weight = jnp.where(jnp.abs(new_g) < jnp.abs(g) / 2, scale * (w * per_w + change.v), w + step)
     return Step(step, weight, sign * new_norm)
-
-
-def _dot(x: jax.Array, y: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    return jnp.sum(x * y, axes, keepdims=True)

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from wnjax._axes import NotNeuron, first_patterns
+from wnjax._axis_name import check_split
 from wnjax._leaves import flatten, listing, outer_box, rebox, unbox, unbox_node
 from wnjax._moments import AxisName, Minibatch
 from wnjax._neurons import Examined, decide_all, examine
@@ -21,12 +22,11 @@ from wnjax._nodes import (
     LogWeightNorm,
     Node,
     WeightNorm,
-    fan_in_axes,
     gain,
     gain_axes,
     root,
     scale,
-    sum_of_squares,
+    squared_norm_of,
     weight,
 )
 from wnjax._standardize import Standardization
@@ -97,7 +97,9 @@ def data_init(  # noqa: PLR0913 - all but fn and params are options, by name
     weights of their own are initialized each.
 
     It works inside `jit`, with weights sharded in any way; there, the moments of a sharded batch
-    are those of all of it. Inside `shard_map`, keep the fan-in axes whole. Give dropout the
+    are those of all of it. Inside `shard_map`, keep the fan-in axes whole: `axis_name` is
+    that of the batch here, and the sum that a row-parallel layer takes over devices comes after
+    the moments. (Initialize such a network under `jit`, before.) Give dropout the
     key, and batch norm the mode, that training begins with: moments are of what `fn` computes.
 
     Args:
@@ -247,6 +249,7 @@ class _Plan:
         """The node of a weight; of a plain one as `weight_norm` makes it."""
         node = self.nodes[leaf]
         if node is not None:
+            check_split(path, None, node.v, node[0])
             return type(node)(*map(jnp.asarray, node))
         return split(path, jnp.asarray(unbox(given)), tuple(self.uses[leaf][0].features))
 
@@ -303,7 +306,7 @@ def _initialized(leaf: Any, node: Node | None, found: Any) -> Any:
     """A leaf as it is after the initialization, given its node or, for a bias, its new value."""
     if node is None:
         return rebox(leaf, found.astype(unbox(leaf).dtype))
-    squared_norm = sum_of_squares(node.v, fan_in_axes(node))
+    squared_norm = squared_norm_of(node)
     new = jnp.where(found.is_constant, gain(node), found.scale * root(squared_norm))
     given = unbox_node(leaf)
     if given is None:

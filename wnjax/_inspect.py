@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 
 from wnjax._axes import Decision, Neuron
+from wnjax._axis_name import AxisName, split_over
 from wnjax._data_init import Initialized
 from wnjax._leaves import flatten, unbox, unbox_node
-from wnjax._nodes import LogWeightNorm, Node, fan_in_axes, gain, is_node, over_root, sum_of_squares
+from wnjax._nodes import LogWeightNorm, Node, fan_in_axes, gain, is_node, over_root, squared_norm_of
 from wnjax._walk.trace import is_array
 
 
@@ -137,15 +138,20 @@ def labels(tree: chex.ArrayTree) -> chex.ArrayTree:
     return jax.tree.map(label, tree, is_leaf=is_node)
 
 
-def norms(tree: chex.ArrayTree) -> dict[str, dict[str, jax.Array]]:
+def norms(tree: chex.ArrayTree, *, axis_name: AxisName = None) -> dict[str, dict[str, jax.Array]]:
     """‖v‖, g and g/‖v‖ of every node, for logging. Works under `jit`.
 
     Args:
       tree: any tree of arrays and nodes.
+      axis_name: inside `shard_map`, over which mesh axes the fan-in axes are split, as for
+        `weight_norm`.
 
     Returns:
       From the slash path of every node to a dict with `"v"`, `"g"` and `"scale"`: arrays of
       g's shape, in float32 or wider. g is exp(log_g) for a `LogWeightNorm`.
+
+    Raises:
+      ValueError: as `fold`.
 
     >>> import jax.numpy as jnp
     >>> import wnjax
@@ -153,10 +159,13 @@ def norms(tree: chex.ArrayTree) -> dict[str, dict[str, jax.Array]]:
     >>> {name: float(x.squeeze()) for name, x in wnjax.norms({"kernel": node})["kernel"].items()}
     {'g': 10.0, 'scale': 2.0, 'v': 5.0}
     """
-    nodes = {path: unbox_node(leaf) for path, leaf in flatten(tree)[0]}
-    return {path: _norms(node) for path, node in nodes.items() if node is not None}
+    leaves = flatten(tree)[0]
+    nodes = {i: node for i, (_, leaf) in enumerate(leaves) if (node := unbox_node(leaf))}
+    paths = [path for path, _ in leaves]
+    mesh_axes = split_over(axis_name, paths, nodes)
+    return {paths[i]: _norms(node, mesh_axes[i]) for i, node in nodes.items()}
 
 
-def _norms(node: Node) -> dict[str, jax.Array]:
-    g, squared_norm = gain(node), sum_of_squares(node.v, fan_in_axes(node))
+def _norms(node: Node, mesh_axes: tuple[str, ...]) -> dict[str, jax.Array]:
+    g, squared_norm = gain(node), squared_norm_of(node, mesh_axes)
     return {"g": g, "scale": over_root(g, squared_norm), "v": jnp.sqrt(squared_norm)}

@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from wnjax._axes import Axes, weights_of
+from wnjax._axes import Axes, is_part_of_tree, weights_of
+from wnjax._axis_name import AxisName, split_over
 from wnjax._leaves import flatten, rebox, unbox, unbox_node
-from wnjax._nodes import fan_in_axes, norm_dtype
+from wnjax._nodes import FanIn, fan_in_axes, norm_dtype, total
 
 
-def keep_norms(axes: Axes = None) -> optax.GradientTransformation:
+def keep_norms(axes: Axes = None, *, axis_name: AxisName = None) -> optax.GradientTransformation:
     """After the step every neuron has the norm it had: ‖v‖ of nodes, ‖w‖ of plain weights.
 
     The last one in a chain: the update u becomes
@@ -23,8 +24,7 @@ def keep_norms(axes: Axes = None) -> optax.GradientTransformation:
 
     so that only directions are trained: projected, or forced, weight normalization. With nodes, it
     fixes ‖v‖, and with it the effective learning rate of the directions, which else falls as ‖v‖
-    grows. A neuron of zeros has no norm to keep, and takes its first update as it is. Inside
-    `shard_map`, keep the fan-in axes whole: the norm of a shard is not the norm.
+    grows. A neuron of zeros has no norm to keep, and takes its first update as it is.
 
     Source: Salimans & Kingma 2016, https://arxiv.org/abs/1602.07868, section 2.1, on how ‖v‖ grows;
     Karras et al. 2023, https://arxiv.org/abs/2312.02696, section 2.3, for forcing norms.
@@ -32,13 +32,15 @@ def keep_norms(axes: Axes = None) -> optax.GradientTransformation:
     Args:
       axes: which plain leaves are weights, as for `weight_norm`; in a tree with nodes, the nodes
         are, and axes are not used.
+      axis_name: inside `shard_map`, over which mesh axes the fan-in axes are split, as for
+        `weight_norm`. Of leaves that `optax.masked` masks, both may speak.
 
     Returns:
       A gradient transformation without state. Its `update` needs `params`.
 
     Raises:
-      ValueError: by `init` and `update`: if there is no weight, if axes do not fit, or if `params`
-        are missing.
+      ValueError: by `init` and `update`: if there is no weight, if axes do not fit, if `params`
+        are missing; and as `fold`.
 
     >>> import jax.numpy as jnp, optax
     >>> import wnjax
@@ -52,7 +54,7 @@ def keep_norms(axes: Axes = None) -> optax.GradientTransformation:
     """
 
     def init(params: chex.ArrayTree) -> optax.EmptyState:
-        _fan_in(params, axes)
+        _fan_in(params, axes, axis_name)
         return optax.EmptyState()
 
     def update(
@@ -61,7 +63,7 @@ def keep_norms(axes: Axes = None) -> optax.GradientTransformation:
         if params is None:
             raise ValueError("keep_norms keeps the norms of the params: pass them")
         leaves, treedef = flatten(updates)
-        fan_in = _fan_in(params, axes)
+        fan_in = _fan_in(params, axes, axis_name)
         pairs = zip(leaves, flatten(params)[0], strict=True)
         kept = [
             _keep(update, leaf, fan_in[i]) if i in fan_in else update
@@ -72,19 +74,22 @@ def keep_norms(axes: Axes = None) -> optax.GradientTransformation:
     return optax.GradientTransformation(init, update)
 
 
-def _fan_in(params: chex.ArrayTree, axes: Axes) -> dict[int, tuple[int, ...]]:
-    """The axes that norms run over, by leaf that is a weight or a node."""
+def _fan_in(params: chex.ArrayTree, axes: Axes, axis_name: AxisName) -> dict[int, FanIn]:
+    """What norms run over, by leaf that is a weight or a node."""
     leaves = flatten(params)[0]
     nodes = {i: node for i, (_, leaf) in enumerate(leaves) if (node := unbox_node(leaf))}
-    if nodes:
-        return {i: fan_in_axes(node) for i, node in nodes.items()}
-    return {
-        i: tuple(axis for axis in range(jnp.ndim(unbox(leaves[i][1]))) if axis not in features)
-        for i, features in weights_of(params, axes).items()
-    }
+    weights: dict[int, tuple[Any, Any]] = {**nodes}
+    fan_in = {i: fan_in_axes(node) for i, node in nodes.items()}
+    for i, features in ({} if nodes else weights_of(params, axes)).items():
+        w = unbox(leaves[i][1])
+        weights[i] = (None, w)
+        fan_in[i] = tuple(axis for axis in range(jnp.ndim(w)) if axis not in features)
+    paths = [path for path, _ in leaves]
+    mesh_axes = split_over(axis_name, paths, weights, is_part=is_part_of_tree(params))
+    return {i: FanIn(fan_in[i], mesh_axes[i]) for i in weights}
 
 
-def _keep(update: Any, leaf: Any, fan_in: tuple[int, ...]) -> Any:
+def _keep(update: Any, leaf: Any, fan_in: FanIn) -> Any:
     """The update of a weight, or of a node."""
     node = unbox_node(update)
     if node is None:
@@ -93,12 +98,12 @@ def _keep(update: Any, leaf: Any, fan_in: tuple[int, ...]) -> Any:
     return rebox(update, boxed._replace(v=rebox(boxed.v, _projected(node.v, v, fan_in))))
 
 
-def _projected(update: jax.Array, w: jax.Array, fan_in: tuple[int, ...]) -> jax.Array:
+def _projected(update: jax.Array, w: jax.Array, fan_in: FanIn) -> jax.Array:
     """(w + u)·‖w‖/‖w + u‖ − w, without cancellation."""
     wide = norm_dtype(w.dtype)
     u, w = update.astype(wide), w.astype(wide)
-    squared_norm = jnp.sum(w * w, fan_in, keepdims=True)
-    more = jnp.sum((2 * w + u) * u, fan_in, keepdims=True)
+    squared_norm = total(w * w, fan_in)
+    more = total((2 * w + u) * u, fan_in)
     tiny = jnp.finfo(wide).tiny
     norm = jnp.sqrt(squared_norm)
     new_norm = jnp.sqrt(jnp.maximum(squared_norm + more, tiny))

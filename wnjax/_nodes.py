@@ -67,6 +67,18 @@ def norm_dtype(dtype: Any) -> Any:
     return jnp.dtype(jnp.float32 if jnp.finfo(dtype).bits < 32 else dtype)
 
 
+class FanIn(NamedTuple):
+    """What a neuron sums over.
+
+    Attributes:
+      axes: the axes of its weight.
+      mesh_axes: the mesh axes over which these are split, in `shard_map`: arrays are shards there.
+    """
+
+    axes: tuple[int, ...]
+    mesh_axes: tuple[str, ...] = ()
+
+
 def fan_in_axes(node: Node) -> tuple[int, ...]:
     """The axes that the norm runs over, read off the shapes.
 
@@ -98,15 +110,21 @@ def gain(node: Node) -> jax.Array:
     return jnp.exp(wide) if isinstance(node, LogWeightNorm) else wide
 
 
-@functools.partial(jax.jit, static_argnames="axes", inline=True)
-def sum_of_squares(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    """Σx² over `axes`, which stay with size 1, in the dtype of the norms.
+def total(x: jax.Array, fan_in: FanIn) -> jax.Array:
+    """Σx over the fan-in axes, which stay with size 1, and over the devices that share them."""
+    shard = jnp.sum(x, axis=fan_in.axes, keepdims=True)
+    return jax.lax.psum(shard, fan_in.mesh_axes) if fan_in.mesh_axes else shard
+
+
+@functools.partial(jax.jit, static_argnames="fan_in", inline=True)
+def sum_of_squares(x: jax.Array, fan_in: FanIn) -> jax.Array:
+    """Σx² over the fan-in axes, which stay with size 1, in the dtype of the norms.
 
     One compiled kernel outside `jit` too, so that splitting a weight and folding it
     find the same norm to the last bit, and x² is never stored.
     """
     wide = x.astype(norm_dtype(x.dtype))
-    return jnp.sum(wide * wide, axis=axes, keepdims=True)
+    return total(wide * wide, fan_in)
 
 
 def in_range(squared_norm: jax.Array) -> jax.Array:
@@ -161,15 +179,21 @@ def _over_root_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
     return scale, jnp.where(inverse != 0, dscale, 0)
 
 
-def scale(node: Node) -> jax.Array:
+def squared_norm_of(node: Node, mesh_axes: tuple[str, ...] = ()) -> jax.Array:
+    """‖v‖², of g's shape; v may be split over mesh axes."""
+    squared: jax.Array = sum_of_squares(node.v, FanIn(fan_in_axes(node), mesh_axes))
+    return squared
+
+
+def scale(node: Node, mesh_axes: tuple[str, ...] = ()) -> jax.Array:
     """g/‖v‖, of g's shape; 0 where ‖v‖² is not `in_range`.
 
     Formed on the small array: XLA then never stores v/‖v‖.
     """
-    return over_root(gain(node), sum_of_squares(node.v, fan_in_axes(node)))
+    return over_root(gain(node), squared_norm_of(node, mesh_axes))
 
 
-def weight(node: Node) -> jax.Array:
+def weight(node: Node, mesh_axes: tuple[str, ...] = ()) -> jax.Array:
     """The weight w = v·(g/‖v‖), of v's shape and dtype."""
-    v, factor = jnp.asarray(node.v), scale(node)
+    v, factor = jnp.asarray(node.v), scale(node, mesh_axes)
     return (v.astype(factor.dtype) * factor).astype(v.dtype)

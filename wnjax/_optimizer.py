@@ -11,10 +11,11 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from wnjax._axes import Axes, weights_of
+from wnjax._axes import Axes, is_part_of_tree, weights_of
+from wnjax._axis_name import AxisName, split_over
 from wnjax._chain_rule import View, chain_rule, step_back
 from wnjax._leaves import box_node, flatten, listing, rebox, unbox, unbox_node
-from wnjax._nodes import WeightNorm, norm_dtype, root, sum_of_squares
+from wnjax._nodes import FanIn, WeightNorm, norm_dtype, root, sum_of_squares
 from wnjax._weight_norm import check_floating, fold
 
 
@@ -37,6 +38,7 @@ def weight_normalized(
     axes: Axes = None,
     *,
     remainder: bool | None = None,
+    axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Lets `optimizer` train g and v, while parameters, model and checkpoints stay plain w.
 
@@ -56,7 +58,8 @@ def weight_normalized(
     After one that took it close to 0, w is rounded, and its direction with it, by about
     ulp(w)/|g'|, unless the remainder is kept. g, v and their gradients are float32 or wider,
     and so is what the optimizer remembers of them. Under `jit` every axis may be sharded; inside
-    `shard_map`, keep the fan-in axes whole.
+    `shard_map` too, where `axis_name` says over which mesh axes the fan-in axes are split. `init`
+    may be called inside it or, on whole arrays, outside: lengths are sharded as gains are.
 
     Args:
       optimizer: any optax transformation. Extra arguments of `update` are passed on to it, but
@@ -65,13 +68,16 @@ def weight_normalized(
         this mask are left out.
       remainder: whether to keep, in float32 or wider, what rounding takes from the parameters: an
         array of the size of each. If None, of those below float32, which lose small updates.
+      axis_name: inside `shard_map`, over which mesh axes the fan-in axes are split, as for
+        `weight_norm`. Gradients must be those of the shards.
 
     Returns:
       A gradient transformation. Its `update` needs `params`.
 
     Raises:
       ValueError: by `init` and `update`: if nothing is normalized, if axes do not fit, if `params`
-        hold nodes (which `optimizer` itself trains), or are missing.
+        hold nodes (which `optimizer` itself trains), or are missing; and as `fold`, with the
+        lengths for g.
 
     >>> import jax, jax.numpy as jnp, optax
     >>> import wnjax
@@ -88,7 +94,7 @@ def weight_normalized(
     inner = optax.with_extra_args_support(optimizer)
 
     def init(params: chex.ArrayTree) -> WeightNormalizedState:
-        plain = _Plain(params, axes)
+        plain = _Plain(params, axes, axis_name)
         kept = [_rest(x, remainder) for x in plain.arrays]
         nodes = plain.exact(kept)
         for i, fan_in in plain.fan_in.items():
@@ -106,7 +112,7 @@ def weight_normalized(
     ) -> tuple[chex.ArrayTree, WeightNormalizedState]:
         if params is None:
             raise ValueError("weight_normalized reads the directions off the params: pass them")
-        plain = _Plain(params, axes)
+        plain = _Plain(params, axes, axis_name, state.lengths)
         kept = plain.treedef.flatten_up_to(state.lengths)
         lengths = {i: kept[i].g for i in plain.fan_in}
         rests = [rest.v if i in lengths else rest for i, rest in enumerate(kept)]
@@ -115,7 +121,11 @@ def weight_normalized(
         if "grad" in extra:
             extra["grad"] = plain.chain_rule(exact, lengths, extra["grad"])[1]
         if value_fn := extra.get("value_fn"):
-            extra["value_fn"] = lambda tree, *args, **kwargs: value_fn(fold(tree), *args, **kwargs)
+
+            def value_of_nodes(tree: chex.ArrayTree, *args: Any, **kwargs: Any) -> Any:
+                return value_fn(fold(tree, axis_name=axis_name), *args, **kwargs)
+
+            extra["value_fn"] = value_of_nodes
         nodes = plain.tree([views[i].node if i in views else x for i, x in enumerate(exact)])
         changes, inner_state = inner.update(grads, state.inner, nodes, **extra)
         result = []
@@ -141,11 +151,14 @@ class _Plain:
       leaves: with their boxes.
       arrays: without.
       features: by leaf that is a weight: its feature axes.
-      fan_in: likewise: its other axes.
+      fan_in: likewise: what its neurons sum over.
     """
 
-    def __init__(self, params: chex.ArrayTree, axes: Axes):
+    def __init__(
+        self, params: chex.ArrayTree, axes: Axes, axis_name: AxisName, lengths: Any = None
+    ):
         pairs, self.treedef = flatten(params)
+        paths = [path for path, _ in pairs]
         self.leaves = [leaf for _, leaf in pairs]
         if normalized := [path for path, leaf in pairs if unbox_node(leaf) is not None]:
             raise ValueError(
@@ -154,11 +167,14 @@ class _Plain:
             )
         self.features = weights_of(params, axes)
         for i in self.features:
-            check_floating(pairs[i][0], unbox(self.leaves[i]))
+            check_floating(paths[i], unbox(self.leaves[i]))
         self.arrays = [jnp.asarray(unbox(leaf)) for leaf in self.leaves]
+        known = {} if lengths is None else dict(enumerate(self.treedef.flatten_up_to(lengths)))
+        weights = {i: (known[i].g if known else None, self.arrays[i]) for i in self.features}
+        mesh_axes = split_over(axis_name, paths, weights, is_part=is_part_of_tree(params))
         self.fan_in = {
-            i: tuple(axis for axis in range(self.arrays[i].ndim) if axis not in features)
-            for i, features in self.features.items()
+            i: FanIn(tuple(a for a in range(w.ndim) if a not in self.features[i]), mesh_axes[i])
+            for i, (_, w) in weights.items()
         }
 
     def exact(self, rests: Sequence[Any]) -> list[Any]:

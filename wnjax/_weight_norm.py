@@ -13,11 +13,11 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from wnjax._axes import Axes, Neuron, NotNeuron, canonical_axes, decide
+from wnjax._axis_name import AxisName, split_over
 from wnjax._leaves import (
     box_node,
     flatten,
     listing,
-    map_leaves,
     names_on,
     outer_box,
     rebox,
@@ -25,6 +25,7 @@ from wnjax._leaves import (
     unbox_node,
 )
 from wnjax._nodes import (
+    FanIn,
     LogWeightNorm,
     Node,
     WeightNorm,
@@ -38,7 +39,11 @@ from wnjax._nodes import (
 
 
 def weight_norm(
-    params: chex.ArrayTree, axes: Axes = None, *, log_scale: bool = False
+    params: chex.ArrayTree,
+    axes: Axes = None,
+    *,
+    log_scale: bool = False,
+    axis_name: AxisName = None,
 ) -> chex.ArrayTree:
     """Replaces every neuron weight of `params` by a node with g = ‖w‖ and v = w.
 
@@ -55,10 +60,13 @@ def weight_norm(
     A neuron of zeros has no direction. It gets g = 0 and a pseudo-random v, drawn from
     its leaf's path, so that the function is unchanged and ∇g is not zero: it trains.
     Where ‖w‖² under- or overflows (in float32: ‖w‖ below 3.2e-16 or above 1.8e19),
-    v is w divided by its largest element, and g still ‖w‖.
+    v is w divided by its largest element, which derivatives take for a constant, and g still ‖w‖.
 
     Shards stay where they are: g has v's sharding on the feature axes, and is replicated over the
-    fan-in axes. Inside `shard_map` keep the fan-in axes whole.
+    fan-in axes. That is automatic under `jit`. Inside `shard_map` an array is but a shard: name
+    the mesh axes over which fan-in axes are split in `axis_name`. For a row-parallel layer
+    y = psum(x @ w, "tensor") that is `axis_name={"down/kernel": "tensor"}`; a column-parallel one,
+    whose neurons are split, needs nothing.
 
     Args:
       params: any pytree of arrays, or of their `jax.ShapeDtypeStruct`s: dict, FrozenDict,
@@ -80,6 +88,14 @@ def weight_norm(
 
         Feature axes are an int or a tuple of ints; `()` gives the whole leaf one norm.
       log_scale: make `LogWeightNorm` nodes, g = exp(log_g).
+      axis_name: in `shard_map` or `pmap`, the mesh axes over which fan-in axes are split. One of
+
+        * None: over none.
+        * a name, or a tuple of names: those of all weights are split over these; with `()`, they
+          are whole for certain.
+        * a dict to one of these from regular expressions, matched as those of `axes` are.
+
+        Outside, where nothing binds the names, arrays are whole, and it changes nothing.
 
     Returns:
       `params` with a node in the place of every weight. g has v's rank, size 1 on the
@@ -91,7 +107,9 @@ def weight_norm(
       ValueError: if a pattern matches no leaf or never applies, if nothing is normalized at
         all, if axes do not fit a leaf, if `params` already has nodes, or if `log_scale` meets
         neurons of zeros, which it cannot express. (Inside `jit` and other transformations
-        values are not known; they get the smallest gain of their dtype and hardly train.)
+        values are not known; they get the smallest gain of their dtype and hardly train.) If
+        a pattern of `axis_name` matches no leaf, or if `shard_map` knows a weight to be the same
+        all along an axis named for it. (That its neurons are split over it cannot be known here.)
       TypeError: if a leaf to be normalized is not a floating-point array.
 
     >>> import jax.numpy as jnp
@@ -114,34 +132,47 @@ def weight_norm(
     kept = [f"{path}: {what.reason}" for path, _, what in decisions if isinstance(what, NotNeuron)]
     if len(kept) == len(decisions):
         raise ValueError(f"no leaf is a weight; pass axes to choose them:{listing(kept)}")
+    weights = {i: (None, w) for i, (_, w, d) in enumerate(decisions) if isinstance(d, Neuron)}
+    mesh_axes = split_over(axis_name, [path for path, _ in boxes], weights)
     return treedef.unflatten(
-        _normalize(path, box, leaf, decision.feature_axes, log_scale)
+        _normalize(
+            path, box, leaf, decision.feature_axes, log_scale=log_scale, mesh_axes=mesh_axes[i]
+        )
         if isinstance(decision, Neuron)
         else rebox(box, leaf)
-        for (_, box), (path, leaf, decision) in zip(boxes, decisions, strict=True)
+        for i, ((_, box), (path, leaf, decision)) in enumerate(zip(boxes, decisions, strict=True))
     )
 
 
-def fold(tree: chex.ArrayTree) -> chex.ArrayTree:
+def fold(tree: chex.ArrayTree, *, axis_name: AxisName = None) -> chex.ArrayTree:
     """The inverse of `weight_norm`: every node becomes its weight w = v·(g/‖v‖).
 
     Norms accumulate in float32 for bfloat16 and float16. Where v is zero, or ‖v‖²
     under- or overflows (in float32: ‖v‖ below 3.2e-16 or above 1.8e19), w and all its
     derivatives are 0, never NaN.
 
-    Inside `shard_map`, keep the fan-in axes whole: the norm of a shard is not the norm.
-    Under `jit` with sharded arrays every axis may be sharded.
+    Under `jit` with sharded arrays every axis may be sharded. Inside `shard_map` the norm of a
+    shard is not the norm: name the mesh axes over which fan-in axes are split in `axis_name`. Then
+    devices send each other one number per neuron for the norm, and one for its derivative.
+    Derivatives are right where they are taken around `shard_map`, and where they are taken inside
+    and it checks how values vary (`check_vma=True`, the default). Inside, without the check, and
+    in `pmap`, where JAX transposes `psum` to `psum`, each device gets its own part of dL/dg: sum it
+    over the named axes. dL/dv is right there if dL/dw is.
 
     Args:
       tree: any pytree, with or without nodes, of arrays or of their `jax.ShapeDtypeStruct`s;
         what is no node is returned as it is. That includes the dicts `{"g": ..., "v": ...}`
         of a checkpoint restored without a target.
+      axis_name: as for `weight_norm`.
 
     Returns:
       `tree` with a weight of v's shape, dtype and box in the place of every node.
 
     Raises:
-      ValueError: if the shapes of a node's g and v do not fit each other.
+      ValueError: if the shapes of a node's g and v do not fit each other; if a pattern matches no
+        leaf; if `shard_map` knows that v does not vary along an axis named for it, or that g
+        does; or, for None and where no pattern matches, that v varies along an axis, and g does
+        not. Where shards have been gathered that is right: `()` says so.
       TypeError: if v is an array and g only a shape.
 
     >>> import jax.numpy as jnp
@@ -150,11 +181,32 @@ def fold(tree: chex.ArrayTree) -> chex.ArrayTree:
     >>> wnjax.fold(tree)
     {'kernel': Array([[6.],
            [8.]], dtype=float32)}
+
+    And from shards, of which each device has one:
+
+    >>> from functools import partial
+    >>> import jax
+    >>> mesh = jax.make_mesh((1,), ("tensor",), axis_types=(jax.sharding.AxisType.Auto,))
+    >>> rows = jax.P("tensor", None)
+    >>> fold = jax.shard_map(
+    ...     partial(wnjax.fold, axis_name="tensor"),
+    ...     mesh=mesh,
+    ...     in_specs=({"kernel": wnjax.WeightNorm(g=jax.P(), v=rows)},),
+    ...     out_specs={"kernel": rows},
+    ... )
+    >>> fold(tree)
+    {'kernel': Array([[6.],
+           [8.]], dtype=float32)}
     """
-    return map_leaves(fold_leaf, tree)
+    leaves, treedef = flatten(tree)
+    nodes = {i: node for i, (_, leaf) in enumerate(leaves) if (node := unbox_node(leaf))}
+    mesh_axes = split_over(axis_name, [path for path, _ in leaves], nodes)
+    return treedef.unflatten(
+        fold_leaf(path, leaf, mesh_axes.get(i, ())) for i, (path, leaf) in enumerate(leaves)
+    )
 
 
-def fold_leaf(path: str, leaf: Any) -> Any:
+def fold_leaf(path: str, leaf: Any, mesh_axes: tuple[str, ...] = ()) -> Any:
     """`fold` of one leaf; errors name its path."""
     node = unbox_node(leaf)
     if node is None:
@@ -165,18 +217,27 @@ def fold_leaf(path: str, leaf: Any) -> Any:
             return rebox(outer_box(leaf), node.v)
         if isinstance(node[0], jax.ShapeDtypeStruct):
             raise TypeError(f"{path or 'the node'}: v is an array, but {node._fields[0]} a shape")
-        return rebox(outer_box(leaf), weight(node))
+        return rebox(outer_box(leaf), weight(node, mesh_axes))
     except ValueError as error:
         raise ValueError(f"{path or 'the node'}: {error}") from error
 
 
-def _normalize(path: str, box: Any, leaf: Any, feature_axes: Any, log_scale: bool) -> Any:
+def _normalize(  # noqa: PLR0913 - the weight, and how to normalize it
+    path: str,
+    box: Any,
+    leaf: Any,
+    feature_axes: Any,
+    *,
+    log_scale: bool,
+    mesh_axes: tuple[str, ...],
+) -> Any:
     check_floating(path, leaf)
     features = canonical_axes(path, leaf, feature_axes)
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return box_node(box, _abstract(leaf, features, log_scale), features)
     # A copy of a numpy array, which its owner may write to.
-    g, v = split(path, leaf if isinstance(leaf, jax.Array) else jnp.array(leaf), features)
+    w = leaf if isinstance(leaf, jax.Array) else jnp.array(leaf)
+    g, v = split(path, w, features, mesh_axes)
     if not log_scale:
         return box_node(box, WeightNorm(g, v), features)
     _check_no_zeros(path, g)
@@ -218,16 +279,17 @@ def _is_known(x: jax.Array) -> bool:
     return not isinstance(x, jax.core.Tracer)
 
 
-def split(path: str, w: jax.Array, feature_axes: tuple[int, ...]) -> WeightNorm:
+def split(
+    path: str, w: jax.Array, feature_axes: tuple[int, ...], mesh_axes: tuple[str, ...] = ()
+) -> WeightNorm:
     """The node of one weight, computing the same function for zero and extreme neurons too."""
-    fan_in = tuple(axis for axis in range(w.ndim) if axis not in feature_axes)
+    fan_in = FanIn(tuple(axis for axis in range(w.ndim) if axis not in feature_axes), mesh_axes)
     squared_norm = sum_of_squares(w, fan_in)
     is_ordinary = in_range(squared_norm)
     if _is_known(is_ordinary) and is_ordinary.all():
         # The rest would change nothing, and takes seconds to compile, op by op and shape by shape.
         return WeightNorm(root(squared_norm), w)
-    largest = jnp.max(jnp.abs(w), axis=fan_in, keepdims=True, initial=0)
-    largest = largest.astype(squared_norm.dtype)
+    largest = _largest(w, fan_in).astype(squared_norm.dtype)
     unit = w.astype(largest.dtype) / jnp.where(largest == 0, 1, largest)
     v = jnp.where(largest == 0, _pseudo_random(path, unit, fan_in), unit)
     return WeightNorm(
@@ -236,8 +298,18 @@ def split(path: str, w: jax.Array, feature_axes: tuple[int, ...]) -> WeightNorm:
     )
 
 
-def _pseudo_random(path: str, like: jax.Array, fan_in: tuple[int, ...]) -> jax.Array:
-    """Directions of length about 1, the same whenever path and shape are the same."""
+def _largest(w: jax.Array, fan_in: FanIn) -> jax.Array:
+    """The largest magnitude in each neuron: a unit, on which neither g nor the weight depends."""
+    w = jax.lax.stop_gradient(w)  # pmax has no derivative
+    largest = jnp.max(jnp.abs(w), axis=fan_in.axes, keepdims=True, initial=0)
+    return jax.lax.pmax(largest, fan_in.mesh_axes) if fan_in.mesh_axes else largest
+
+
+def _pseudo_random(path: str, like: jax.Array, fan_in: FanIn) -> jax.Array:
+    """Directions of length about 1, the same whenever path, shape and shard are the same."""
     key = jax.random.key(zlib.crc32(path.encode()))
-    inputs = math.prod(like.shape[axis] for axis in fan_in)
+    inputs = math.prod(like.shape[axis] for axis in fan_in.axes)
+    if fan_in.mesh_axes:
+        key = jax.random.fold_in(key, jax.lax.axis_index(fan_in.mesh_axes))
+        inputs *= jax.lax.axis_size(fan_in.mesh_axes)
     return jax.random.normal(key, like.shape, like.dtype) / math.sqrt(max(inputs, 1))

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from wnjax._axis_name import AxisName, split_over
 from wnjax._evaluate import evaluate
 from wnjax._leaves import flatten, outer_box, rebox, unbox, unbox_node
 from wnjax._neurons import examine
@@ -20,11 +21,11 @@ from wnjax._walk.tracks import Use
 from wnjax._walk.walker import Walk
 
 # Traced once for all leaves of a shape.
-_scale = jax.jit(scale, inline=True)
-_weight = jax.jit(weight, inline=True)
+_scale = jax.jit(scale, static_argnames="mesh_axes", inline=True)
+_weight = jax.jit(weight, static_argnames="mesh_axes", inline=True)
 
 
-def wrap(fn: Callable[..., Any]) -> Callable[..., Any]:
+def wrap(fn: Callable[..., Any], *, axis_name: AxisName = None) -> Callable[..., Any]:
     """Makes of `fn(params, ...)`, of plain weights, the same function of a tree with nodes.
 
     Equal to `fn(fold(params), ...)` to rounding, and so are its derivatives of any kind, but
@@ -37,12 +38,15 @@ def wrap(fn: Callable[..., Any]) -> Callable[..., Any]:
     `fn`, so call it inside `jit`, as one does with a loss. What tracing does not understand
     gets the folded weight. So does what is computed in float16, whose range v·x may leave where
     w·x does not; in wider dtypes it may do so only for ‖v‖ beyond what `fold` takes for finite.
+    Inside `shard_map`, where fan-in axes may be split, what `fold` says of derivatives holds.
 
     Source: Salimans & Kingma 2016, https://arxiv.org/abs/1602.07868, equation 2.
 
     Args:
       fn: the forward function, or a loss: `fn(params, *args, **kwargs)`, of which `params` is any
         pytree of plain weights. Pure, as for `jit`.
+      axis_name: over which mesh axes the fan-in axes are split, as for `weight_norm`. Sums over
+        them, as in y = psum(x @ w), remain those of `fn`.
 
     Returns:
       The function of the same arguments, but for nodes in `params` wherever one likes. A tree
@@ -50,7 +54,7 @@ def wrap(fn: Callable[..., Any]) -> Callable[..., Any]:
 
     Raises:
       ValueError: when called: if `fn` needs values of the data, or uses axis names that
-        nothing binds; if the shapes of a node's g and v do not fit each other.
+        nothing binds; if the shapes of a node's g and v do not fit each other; and as `fold`.
 
     >>> import jax, jax.numpy as jnp, flax.linen as nn
     >>> import wnjax
@@ -70,12 +74,16 @@ def wrap(fn: Callable[..., Any]) -> Callable[..., Any]:
         nodes = {i: node for i, (_, box) in enumerate(boxes) if (node := unbox_node(box))}
         if not nodes:
             return fn(params, *args, **kwargs)
+        mesh_axes = split_over(axis_name, [path for path, _ in boxes], nodes)
         examined = examine(fn, params, *args, **kwargs)
         riding = _riding(examined.walk, nodes)
         values = treedef.unflatten(
-            _value(box, nodes.get(i), i in riding) for i, (_, box) in enumerate(boxes)
+            _value(box, nodes[i], i in riding, mesh_axes[i])
+            if i in nodes
+            else rebox(box, unbox(box))
+            for i, (_, box) in enumerate(boxes)
         )
-        scales = {leaf: _scale(nodes[leaf]) for leaf in riding}
+        scales = {leaf: _scale(nodes[leaf], mesh_axes[leaf]) for leaf in riding}
         known = examined.known(values, *args, **kwargs)
         traced, shapes = examined.traced, examined.walk.shapes
         return traced.rebuild(evaluate(traced.jaxpr, known, shapes, scales))
@@ -119,8 +127,6 @@ def _riding(walk: Walk, nodes: Mapping[int, Node]) -> set[int]:
     }
 
 
-def _value(box: Any, node: Node | None, rides: bool) -> Any:
-    """What stands for a leaf in the evaluation: v where the scale rides, else the weight."""
-    if node is None:
-        return rebox(box, unbox(box))
-    return rebox(outer_box(box), jnp.asarray(node.v) if rides else _weight(node))
+def _value(box: Any, node: Node, rides: bool, mesh_axes: tuple[str, ...]) -> Any:
+    """What stands for a node in the evaluation: v where the scale rides, else the weight."""
+    return rebox(outer_box(box), jnp.asarray(node.v) if rides else _weight(node, mesh_axes))

@@ -30,7 +30,7 @@ class WeightNorm(nn.Module):
 
     The parameters are the module's own, under their own names, with a `wnjax.WeightNorm` node in
     the place of every weight: `fold` makes plain ones of them, and `weight_norm` makes these
-    of plain ones.
+    of plain ones. Inside `shard_map`, keep the fan-in axes whole; `wrap` takes them split.
 
     Source: Salimans & Kingma 2016, https://arxiv.org/abs/1602.07868, equation 2.
 

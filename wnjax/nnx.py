@@ -11,12 +11,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from wnjax._axes import Axes, Neuron, canonical_axes, decide
-from wnjax._leaves import flatten, listing, rebox, unbox, unbox_node
+from wnjax._axis_name import check_split
+from wnjax._leaves import box_node, flatten, listing, rebox, unbox, unbox_node
 from wnjax._mean_only import batch_mean, canonical, centered, running
 from wnjax._neurons import neurons
+from wnjax._nodes import LogWeightNorm, fan_in_axes, gain_axes
 from wnjax._nodes import WeightNorm as Node
-from wnjax._nodes import fan_in_axes, weight
-from wnjax._weight_norm import weight_norm
+from wnjax._weight_norm import fold, weight_norm
 
 
 class WeightNorm(nnx.Module):
@@ -31,7 +32,9 @@ class WeightNorm(nnx.Module):
     is first called. Until then Flax's naming rules hold; they are right for `nnx.Linear`,
     `nnx.Conv` and `nnx.MultiHeadAttention`, so that an optimizer may be made at once. Where they
     were not, the first call takes the norms anew without changing the function; make
-    optimizers after it, or pass `axes`.
+    optimizers after it, or pass `axes`. Params that hold `wnjax.WeightNorm` nodes already, as after
+    `nnx.update(module, wnjax.pytorch.from_state_dict(...))`, keep their g and v. Inside
+    `shard_map`, keep the fan-in axes whole; `wrap` takes them split.
 
     Source: Salimans & Kingma 2016, https://arxiv.org/abs/1602.07868, equation 2.
 
@@ -63,16 +66,21 @@ class WeightNorm(nnx.Module):
             paths inside the module; `"traced"` finds them by `wnjax.neurons` at the first call.
 
         Raises:
-          ValueError: if no Param is a weight, or if the axes do not fit; see `weight_norm`.
+          ValueError: if no Param is a weight, or if the axes do not fit; see `weight_norm`. If
+            axes are given for Params that are nodes already, or one of these is a `LogWeightNorm`.
         """
         self.layer_instance = layer_instance
         self.g: Any = nnx.Dict()
         self.fan_in_axes: tuple[tuple[str, tuple[int, ...]], ...] = ()
         self.needs_check = isinstance(axes, str) and axes == "traced"
+        params = nnx.state(layer_instance, nnx.Param)
+        if any(unbox_node(box) is not None for _, box in flatten(params)[0]):
+            self._take_given(params)
+            return
         chosen: Any = None if self.needs_check else axes
-        decisions = decide(nnx.state(layer_instance, nnx.Param), chosen)
+        decisions = decide(params, chosen)
         if not self.needs_check or any(isinstance(what, Neuron) for _, _, what in decisions):
-            self._normalize(chosen)
+            self._take(weight_norm(params, chosen))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the module, or one of its methods.
@@ -98,15 +106,25 @@ class WeightNorm(nnx.Module):
 
     def folded(self) -> Any:
         """The module with plain weights w = g·v/‖v‖: a copy, which is what one serves."""
-        graph, params, rest = _split(self.layer_instance)
-        gains = {path: unbox(g) for path, g in flatten(nnx.state(self.g, nnx.Param))[0]}
-        boxes, treedef = flatten(params)
-        nodes = {path: Node(gains[path], unbox(box)) for path, box in boxes if path in gains}
+        graph, _, rest = _split(self.layer_instance)
+        return nnx.merge(graph, fold(self.nodes()), rest, copy=True)
+
+    def nodes(self) -> Any:
+        """The Params of the module, an `nnx.State`, with nodes in the place of its weights.
+
+        What `wnjax.pytorch.to_state_dict` and checkpoints of nodes take; `nnx.update` of a plain
+        module with it, and `WeightNorm` of that, are the way back.
+        """
+        gains = dict(flatten(nnx.state(self.g, nnx.Param))[0])
+        boxes, treedef = flatten(nnx.state(self.layer_instance, nnx.Param))
+        nodes = {path: Node(unbox(gains[path]), unbox(box)) for path, box in boxes if path in gains}
         self._check_shapes(nodes)
-        weights = treedef.unflatten(
-            rebox(box, weight(nodes[path]) if path in nodes else unbox(box)) for path, box in boxes
+        for path, (g, v) in nodes.items():
+            check_split(path, None, v, g)
+        return treedef.unflatten(
+            box_node(box, nodes[path], gain_axes(nodes[path])) if path in nodes else box
+            for path, box in boxes
         )
-        return nnx.merge(graph, weights, rest, copy=True)
 
     def _check_shapes(self, nodes: dict[str, Node]) -> None:
         """Finds an optimizer whose state, of other shapes, has broadcast the gains."""
@@ -119,12 +137,11 @@ class WeightNorm(nnx.Module):
                     "before the first call has stretched it: make the optimizer after that"
                 )
 
-    def _normalize(self, axes: Any) -> None:
-        """Takes v and g from what the Params hold now, which is w."""
-        params = nnx.state(self.layer_instance, nnx.Param)
+    def _take(self, tree: Any) -> None:
+        """Takes g and v from the nodes of a state of the module's Params."""
         gains: dict[str, Any] = {}
         vs = []
-        boxes, treedef = flatten(weight_norm(params, axes))
+        boxes, treedef = flatten(tree)
         for path, box in boxes:
             if (node := unbox_node(box)) is None:
                 vs.append(box)
@@ -143,6 +160,19 @@ class WeightNorm(nnx.Module):
             for path, box in boxes
             if (node := unbox_node(box)) is not None
         )
+
+    def _take_given(self, params: Any) -> None:
+        """Takes the nodes that the Params hold already, and no others."""
+        nodes = {path: unbox_node(box) for path, box in flatten(params)[0]}
+        if not self.needs_check:
+            raise ValueError(
+                "WeightNorm: these Params are nodes already, which say their axes: leave axes out"
+                + listing(path for path, node in nodes.items() if node is not None)
+            )
+        if others := [path for path, node in nodes.items() if isinstance(node, LogWeightNorm)]:
+            raise ValueError(f"WeightNorm: g is learned as it is, not as log_g:{listing(others)}")
+        self._take(params)
+        self.needs_check = False
 
     def _check(self, args: Any, kwargs: Any) -> None:
         """Compares the gains with what tracing finds, and takes them anew if they differ."""
@@ -169,8 +199,7 @@ class WeightNorm(nnx.Module):
                 "transformations, before an optimizer is made, or pass axes to WeightNorm"
             )
         if wanted != shapes or not features:
-            nnx.update(self.layer_instance, params)
-            self._normalize(found)
+            self._take(weight_norm(params, found))
         if not is_transformed:  # in jit, a change of what is static would compile the next call
             self.needs_check = False
 
