@@ -7,7 +7,7 @@ DEMO := plain weight_norm weight_norm_init batch_norm mean_only
 PIP_FLAGS := --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-newest lint types check format constraints clean
+.PHONY: help demo docs test test-newest lint types check format constraints clean
 
 help: ## what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -18,6 +18,10 @@ demo: .venv/ready ## train on real digits for two minutes: a table and a picture
 	  $(BIN)/python -m experiments.train --config=configs/digits.py:$$variant --workdir=runs/demo/$$variant || exit 1; \
 	done
 	$(BIN)/python -m experiments.report $(DEMO:%=runs/demo/%) --out=runs/demo/report
+
+docs: .venv/docs ## the documentation, every cell of it run: docs/_build/html/index.html
+	$(BIN)/sphinx-build --fail-on-warning --keep-going --fresh-env --jobs 2 --quiet docs docs/_build/html
+	@echo "open docs/_build/html/index.html"
 
 test: lint types check ## all checks: lint, format, types, doctests, tests
 
@@ -47,6 +51,10 @@ format: .venv/ready ## let ruff mend what it can
 	$(BIN)/pip install $(PIP_FLAGS) --constraint constraints.txt --no-build-isolation --editable '.[experiments,test]'
 	@touch $@
 
+.venv/docs: .venv/ready
+	$(BIN)/pip install $(PIP_FLAGS) --constraint constraints.txt --no-build-isolation --editable '.[docs]'
+	@touch $@
+
 .venv-newest/ready: pyproject.toml .ci/newest-python
 	@echo "setting up .venv-newest with $$($$(.ci/newest-python) --version); a few minutes, once"
 	$$(.ci/newest-python) -m venv .venv-newest
@@ -56,11 +64,11 @@ format: .venv/ready ## let ruff mend what it can
 constraints: ## renew constraints.txt with today's releases for this Python
 	rm -rf .venv-constraints
 	$(PYTHON) -m venv .venv-constraints
-	.venv-constraints/bin/pip install $(PIP_FLAGS) flit_core '.[experiments,test]'
+	.venv-constraints/bin/pip install $(PIP_FLAGS) flit_core '.[docs,experiments,test]'
 	{ echo "# What .venv is made of: today's newest for Python 3.11. make constraints renews it."; \
 	  .venv-constraints/bin/pip freeze --exclude wnjax; } > constraints.txt
 	rm -rf .venv-constraints
 
-clean: ## remove both environments, caches and runs
-	rm -rf .venv .venv-newest .*_cache runs
+clean: ## remove both environments, caches, runs and the built documentation
+	rm -rf .venv .venv-newest .*_cache runs docs/_build docs/_pictures
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
