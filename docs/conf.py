@@ -1,5 +1,6 @@
 """How the documentation is built: `make docs`."""
 
+import logging as python_logging
 import os
 import re
 import subprocess
@@ -7,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from jupyter_client.connect import ConnectionFileMixin
 from sphinx.application import Sphinx
 from sphinx.ext.napoleon import GoogleDocstring
 from sphinx.util import logging
@@ -41,6 +43,8 @@ nb_execution_timeout = 300  # seconds a cell
 nb_execution_raise_on_error = True
 nb_execution_show_tb = True
 nb_output_stderr = "warn"
+ConnectionFileMixin.transport.default_value = "ipc"  # over TCP, kernels warn on every page
+python_logging.getLogger("traitlets").setLevel("WARNING")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 myst_heading_anchors = 3

@@ -422,6 +422,7 @@ def test_params_that_are_nodes_keep_g_and_v():
     nnx.update(model, nodes)
     layer = WeightNorm(model)
     chex.assert_trees_all_equal(layer.nodes(), nodes)
+    assert layer.fan_in_axes == WeightNorm(toys.TwoLayers(nnx.Rngs(0))).fan_in_axes
 
     def loss(call):
         return jnp.mean(call(x) ** 2)
@@ -445,3 +446,39 @@ def test_params_that_are_nodes_say_their_axes():
     nnx.update(model, log)
     with pytest.raises(ValueError, match="not as log_g:\n  first/kernel"):
         WeightNorm(model)
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        wnjax.labels,
+        wnjax.norms,
+        wnjax.summary,
+        wnjax.weight_norm,
+        wnjax.keep_norms().init,
+        wnjax.weight_normalized(optax.sgd(0.1)).init,
+        lambda state: wnjax.data_init(lambda p, x: x, state, jnp.ones((2, 3))),
+    ],
+)
+def test_functions_of_nodes_refuse_the_state_of_the_module(fn):
+    """Which else would go wrong in silence: it has gains, and no nodes."""
+    layer = WeightNorm(toys.TwoLayers(nnx.Rngs(0)))
+    with pytest.raises(ValueError, match=r"take its nodes\(\)(.|\n)*gains:\n  g/first/kernel"):
+        fn(nnx.state(layer, nnx.Param))
+    wnjax.labels(layer.nodes())
+
+
+def test_gains_are_frozen_by_a_filter():
+    layer = WeightNorm(toys.TwoLayers(nnx.Rngs(0)))
+    before = wnjax.norms(layer.nodes())
+    but_g = nnx.All(nnx.Param, nnx.Not(nnx.PathContains("g")))
+
+    def loss(layer):
+        return jnp.mean(layer(jnp.ones((2, 3))) ** 2)
+
+    optimizer = nnx.Optimizer(layer, optax.sgd(0.1), wrt=but_g)
+    optimizer.update(layer, nnx.grad(loss, argnums=nnx.DiffState(0, but_g))(layer))
+    after = wnjax.norms(layer.nodes())
+    for path in before:
+        chex.assert_trees_all_equal(after[path]["g"], before[path]["g"])
+        assert (after[path]["v"] != before[path]["v"]).any()

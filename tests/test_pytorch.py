@@ -10,6 +10,8 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding
+from safetensors.flax import save_file
+from safetensors.numpy import save_file as save_numpy
 
 import wnjax
 from wnjax.pytorch import Layout, Part, from_state_dict, lstm, to_state_dict
@@ -102,7 +104,10 @@ def test_names_by_rules_by_a_function_and_prefixes():
     by_function = from_state_dict(
         state,
         template,
-        lambda path: path.replace("first_", "module.net."),
+        {
+            "first_0/kernel": "module.net.0.weight",
+            "first_0/bias": "module.net.0.bias",
+        }.get,
         ignore=[r"other\..*"],
     )
     chex.assert_trees_all_equal(by_rules, by_function)
@@ -159,12 +164,32 @@ def test_attention_splits_heads():
 
 
 def test_own_layouts():
-    """The alpha of a snake activation, (1, channels, 1)."""
-    layouts = {"alpha": Layout(((0,), (2,), (1,)))}
-    state = {"alpha": array(1, 4, 1)}
-    tree = from_state_dict(state, {"alpha": jnp.zeros((1, 1, 4))}, layouts=layouts)
-    np.testing.assert_array_equal(tree["alpha"][0, 0], state["alpha"][0, :, 0])
-    chex.assert_trees_all_equal(to_state_dict(tree, layouts=layouts), state)
+    """Snake's alpha, (1, channels, 1); a PReLU; a convolution of one tap as a Dense layer."""
+    layouts = {
+        "long": Layout(((0,), (2,), (1,))),
+        "short": Layout(((), (0,), ())),
+        "slope": Layout(((),)),
+        "kernel": Layout(((1,), (0,), ())),
+    }
+    state = {
+        "long": array(1, 4, 1),
+        "short": array(1, 4, 1),
+        "slope": array(1),
+        "weight_g": array(4, 1, 1),
+        "weight_v": array(4, 3, 1),
+    }
+    template = {"long": (1, 1, 4), "short": (4,), "slope": (), "kernel": (3, 4)}
+    tree = from_state_dict(
+        state, {name: jnp.zeros(shape) for name, shape in template.items()}, layouts=layouts
+    )
+    np.testing.assert_array_equal(tree["long"][0, 0], state["long"][0, :, 0])
+    np.testing.assert_array_equal(tree["short"], state["short"][0, :, 0])
+    np.testing.assert_array_equal(tree["kernel"].v, state["weight_v"][:, :, 0].T)
+    back = to_state_dict(tree, layouts=layouts, style="weight_g")
+    chex.assert_trees_all_equal(back, state)
+    for axes in ((1, 0), ((0,), (0,)), ((1,),)):
+        with pytest.raises(ValueError, match="Layout: axes must be tuples"):
+            Layout(axes)
 
 
 @settings(max_examples=50, deadline=None, derandomize=True)
@@ -188,10 +213,41 @@ def test_layouts_are_undone_bit_for_bit(name, shape, data):
         assert back["weight_g"].shape == state["weight_g"].shape
 
 
+def test_names_that_are_written_out_stay_as_they_are():
+    """Flax's words for parameters are PyTorch names too; only what the path says is translated."""
+    state = {"layer_scale.scale": array(4), "norm.weight": array(3)}
+    template = {"layer_scale": {"scale": jnp.zeros(4)}, "norm_0": {"scale": jnp.zeros(3)}}
+    names = {"layer_scale/scale": "layer_scale.scale", r"norm_\d/(.*)": r"norm.\1"}
+    tree = from_state_dict(state, template, names)
+    chex.assert_trees_all_equal(to_state_dict(tree, names), state)
+    with pytest.raises(ValueError, match=r"names: .* invalid group reference"):
+        from_state_dict(state, template, {"layer_scale/scale": r"scale.\1"})
+
+
+def test_random_state_is_left_alone():
+    """And is not written."""
+    model = nnx.Sequential(
+        nnx.Linear(2, 3, rngs=nnx.Rngs(0)), nnx.Dropout(0.5, rngs=nnx.Rngs(dropout=1))
+    )
+    graph, template = nnx.split(model)
+    state = {"layers.0.weight": array(3, 2), "layers.0.bias": array(3)}
+    tree = from_state_dict(state, template)
+    chex.assert_trees_all_equal(to_state_dict(tree), state)
+    nnx.merge(graph, tree)(jnp.ones((1, 2)))
+
+
+@pytest.mark.parametrize(
+    ("g", "v"), [((), (1, 8, 3)), ((1, 1, 1), (8, 1, 3)), ((), (8, 1, 3)), ((0, 1, 1), (0, 2, 3))]
+)
+def test_single_gains_have_the_shape_that_they_had(g, v):
+    """Where several values of dim would give them: the state dict that was read tells."""
+    state = {"weight_g": array(*g), "weight_v": array(*v)}
+    tree = from_state_dict(state, {"kernel": jnp.zeros(v[::-1])})
+    chex.assert_trees_all_equal(to_state_dict(tree, style="weight_g", like=state), state)
+
+
 def test_safetensors_files(tmp_path):
     """Written by safetensors itself, in bfloat16 too."""
-    from safetensors.flax import save_file  # noqa: PLC0415
-
     state = checkpoint()
     del state["norm.num_batches_tracked"]
     arrays = {name: jnp.asarray(x) for name, x in state.items()}
@@ -205,11 +261,27 @@ def test_safetensors_files(tmp_path):
     assert tree["params"]["table"]["embedding"].dtype == jnp.bfloat16
 
 
+def test_files_keep_64_bits(tmp_path):
+    """JAX would round them before they are looked at."""
+    save_numpy({"a.weight": np.full((1, 1), 0.1), "b": array(1)}, tmp_path / "a.safetensors")
+    file, template = tmp_path / "a.safetensors", {"kernel": np.zeros((1, 1))}
+    text = "weight is float64, and the template's float32 does not hold its values"
+    assert text in message(file, template, prefix="a.")
+    with jax.enable_x64(True):
+        assert from_state_dict(file, template, prefix="a.")["kernel"] == 0.1
+
+
 def test_files_of_another_kind():
     with pytest.raises(ValueError, match=r"model\.pth is no \.safetensors file; .*torch\.load"):
         from_state_dict("model.pth", variables())
-    with pytest.raises(TypeError, match="generator in the state dict is a dict, no array"):
-        from_state_dict({"generator": {}}, {"generator": jnp.zeros(1)})
+    with pytest.raises(
+        TypeError, match=r"'generator' in the state dict is a dict\. Of a checkpoint"
+    ):
+        from_state_dict({"generator": {}, "steps": 3}, variables())
+    with pytest.raises(TypeError, match="bias in the state dict is a float, no array"):
+        from_state_dict({"bias": 0.5}, {"bias": jnp.zeros(1)})
+    with pytest.raises(TypeError, match="3 in the state dict is no name"):
+        from_state_dict({3: array(1)}, {"bias": jnp.zeros(1)})
     with pytest.raises(TypeError, match=r"must be a mapping .* got a list"):
         from_state_dict([], variables())
 
@@ -362,6 +434,51 @@ class TestBadCheckpoints:
             "head.parametrizations.weight.original1, head.weight_g, head.weight_v. Keep one"
         ) in text
 
+    def test_one_weight_whose_name_looks_like_g_or_v_of_another(self):
+        state = {"bias": array(2), "bias_v": array(2)}
+        tree = from_state_dict(state, {"bias": jnp.zeros(2), "bias_v": jnp.zeros(2)})
+        chex.assert_trees_all_equal(tree, state)
+
+    def test_spectral_norm(self):
+        state = {"weight_orig": array(2, 3), "weight_u": array(2), "weight_v": array(3)}
+        text = message(state, {"kernel": jnp.zeros((3, 2))})
+        assert "weight_v is there without weight_g. This is spectral norm: remove it in" in text
+
+    @pytest.mark.parametrize("prefix", ["", "generator"])
+    def test_a_prefix_that_was_forgotten(self, prefix):
+        state = {f"generator.{name}": x for name, x in checkpoint().items()}
+        hint = "what is missing seems to be there with prefix='generator.'"
+        assert message(state, variables(), prefix=prefix).endswith(hint)
+
+    def test_what_is_ignored_is_named_as_it_is_reported(self):
+        state = {"a.bias": array(2), "a.more": array(2)}
+        template = {"bias": jnp.zeros(2)}
+        assert "\n  a.more" in message(state, template, prefix="a.")
+        from_state_dict(state, template, prefix="a.", ignore=r"a\.more")
+
+    def test_transposed_convolutions_of_which_nothing_is_said(self):
+        """Their kernel would fit, if it has as many inputs as outputs, and be wrong."""
+        template = {"ConvTranspose_0": {"kernel": jnp.zeros((3, 4, 4))}}
+        state = {"ConvTranspose_0.weight": array(4, 4, 3)}
+        with pytest.raises(
+            ValueError, match=r"ConvTranspose_0/kernel is the kernel of a transposed"
+        ):
+            from_state_dict(state, template)
+        for layout in ("conv", "conv_transpose"):
+            from_state_dict(state, template, layouts={".*/kernel": layout})
+
+    def test_templates_that_hold_no_arrays(self):
+        assert "bias: the template has a float there" in message({"bias": array()}, {"bias": 0.5})
+        shapes = {"kernel": jax.ShapeDtypeStruct((2, 3), jnp.float32)}
+        with pytest.raises(TypeError, match="kernel is a ShapeDtypeStruct, no array"):
+            to_state_dict(shapes)
+
+    def test_the_state_of_an_nnx_module_with_gains(self):
+        state = nnx.state(wnjax.nnx.WeightNorm(nnx.Linear(2, 3, rngs=nnx.Rngs(0))))
+        for fn in (to_state_dict, lambda state: from_state_dict({}, state)):
+            with pytest.raises(ValueError, match=r"take its nodes\(\)"):
+                fn(state)
+
     @pytest.mark.parametrize("dtype", [np.float16, jnp.bfloat16])
     def test_gains_in_half_precision(self, dtype):
         state = checkpoint()
@@ -403,7 +520,7 @@ class TestBadCheckpoints:
         for layout, error in {
             "convolution": r"kernel: 'convolution' is no layout; choose from linear, heads, conv",
             "conv": r"kernel has 2 axes, 'conv' needs 3 or more",
-            Layout(((0,),)): r"kernel has 2 axes, .* does not name each once",
+            Layout(((0,),)): r"kernel has 2 axes, .* is for 1",
         }.items():
             with pytest.raises(ValueError, match=error):
                 from_state_dict({}, {"kernel": jnp.zeros((2, 3))}, layouts={"kernel": layout})
@@ -442,6 +559,9 @@ class TestParts:
         assert back.keys() == state.keys()
         chex.assert_trees_all_equal(from_state_dict(back, template, names), params)
 
+    def test_a_bare_lstm(self):
+        assert lstm("cell", "")["cell/ii/kernel"] == Part("weight_ih_l0", 0, 4)
+
     def test_the_reverse_direction(self):
         assert lstm("cell", "rnn", reverse=True)["cell/ii/kernel"] == Part(
             "rnn.weight_ih_l0_reverse", 0, 4
@@ -465,8 +585,24 @@ class TestParts:
         template = {"a": {"kernel": jnp.zeros((3, 2))}, "b": {"kernel": jnp.zeros((3, 2))}}
         with pytest.raises(ValueError, match=r"weight: no leaf gives part \[1\] of 2, as a/kernel"):
             to_state_dict(template, {"a/kernel": Part("weight", 0, 2), "b/kernel": None})
-        with pytest.raises(ValueError, match="a/kernel and b/kernel are both weight"):
+        with pytest.raises(ValueError, match="a/kernel and b/kernel are both weight; give one of"):
             to_state_dict(template, {"[ab]/kernel": "weight"})
+
+    def test_parts_that_do_not_go_together(self):
+        template = {"a": {"kernel": jnp.ones((3, 2))}, "b": {"kernel": jnp.ones((3, 2))}}
+        names = {"a/kernel": Part("weight", 0, 2), "b/kernel": Part("weight", 1, 2)}
+        for axes in (0, ()):
+            nodes = wnjax.weight_norm(template, {".*": axes})
+            with pytest.raises(ValueError, match=r"shared by the 2 parts of weight, and each has"):
+                to_state_dict(nodes, names)
+        half = wnjax.weight_norm(template, {"a/kernel": -1})
+        with pytest.raises(ValueError, match="a/kernel and b/kernel are parts of weight, and must"):
+            to_state_dict(half, names)
+        with pytest.raises(ValueError, match="must be of one count"):
+            to_state_dict(template, names | {"b/kernel": Part("weight", 1, 3)})
+        whole = wnjax.weight_norm(template)
+        back = to_state_dict(whole, names)["parametrizations.weight.original1"]
+        assert back.shape == (4, 3)
 
 
 def test_what_pytorch_cannot_have():

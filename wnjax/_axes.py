@@ -17,7 +17,7 @@ import chex
 import jax
 import optax
 
-from wnjax._leaves import flatten, listing, unbox
+from wnjax._leaves import check_not_apart, flatten, listing, unbox
 
 FeatureAxes: TypeAlias = int | tuple[int, ...]
 Axes: TypeAlias = (
@@ -96,10 +96,12 @@ def decide(
 
     Raises:
       ValueError: if a pattern matches no leaf or is no regular expression, or if a tree
-        of decisions is not shaped like `params`.
+        of decisions is not shaped like `params`; if `params` are the state of an NNX WeightNorm.
       TypeError: if `axes` is none of the forms.
     """
-    leaves = [(path, unbox(leaf)) for path, leaf in flatten(params)[0]]
+    boxes = flatten(params)[0]
+    check_not_apart(boxes)
+    leaves = [(path, unbox(leaf)) for path, leaf in boxes]
     paths = [path for path, _ in leaves]
     if axes is None:
         decisions = [by_flax_names(path, leaf) for path, leaf in leaves]

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from wnjax._axes import NotNeuron, first_patterns
 from wnjax._axis_name import check_split
-from wnjax._leaves import flatten, listing, outer_box, rebox, unbox, unbox_node
+from wnjax._leaves import check_not_apart, flatten, listing, outer_box, rebox, unbox, unbox_node
 from wnjax._moments import AxisName, Minibatch
 from wnjax._neurons import Examined, decide_all, examine
 from wnjax._nodes import (
@@ -143,6 +143,7 @@ def data_init(  # noqa: PLR0913 - all but fn and params are options, by name
     """
     examined = examine(fn, params, *args, **kwargs)
     given, treedef = flatten(params)
+    check_not_apart(given)
     plan = _Plan(examined, [unbox_node(leaf) for _, leaf in given], std)
     nodes = {i: plan.node(i, *given[i]) for i in plan.stds}
     values = treedef.unflatten(

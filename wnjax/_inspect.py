@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from wnjax._axes import Decision, Neuron
 from wnjax._axis_name import AxisName, split_over
 from wnjax._data_init import Initialized
-from wnjax._leaves import flatten, unbox, unbox_node
+from wnjax._leaves import check_not_apart, flatten, unbox, unbox_node
 from wnjax._nodes import LogWeightNorm, Node, fan_in_axes, gain, is_node, over_root, squared_norm_of
 from wnjax._walk.trace import is_array
 
@@ -28,6 +28,9 @@ def summary(tree: chex.ArrayTree) -> str:
     Returns:
       The table as a string of several lines.
 
+    Raises:
+      ValueError: if `tree` is the state of a `wnjax.nnx.WeightNorm`: take its `nodes()`.
+
     >>> import jax.numpy as jnp
     >>> import wnjax
     >>> params = {"dense": {"kernel": jnp.ones((3, 4)), "bias": jnp.zeros(4)}}
@@ -39,7 +42,9 @@ def summary(tree: chex.ArrayTree) -> str:
     """
     if any(map(_is_initialized, jax.tree.leaves(tree, is_leaf=_is_initialized))):
         return _initialization_table(tree)
-    leaves = [(path, unbox_node(leaf) or unbox(leaf)) for path, leaf in flatten(tree)[0]]
+    boxes = flatten(tree)[0]
+    check_not_apart(boxes)
+    leaves = [(path, unbox_node(leaf) or unbox(leaf)) for path, leaf in boxes]
     if any(isinstance(leaf, Decision) for _, leaf in leaves):
         return _decision_table(leaves)
     return _node_table(leaves)
@@ -117,6 +122,9 @@ def labels(tree: chex.ArrayTree) -> chex.ArrayTree:
     Returns:
       A tree of the same structure, nodes and boxes included, with strings as leaves.
 
+    Raises:
+      ValueError: if `tree` is the state of a `wnjax.nnx.WeightNorm`: take its `nodes()`.
+
     >>> import jax.numpy as jnp, optax
     >>> import wnjax
     >>> params = wnjax.weight_norm({"kernel": jnp.ones((3, 4)), "bias": jnp.zeros(4)})
@@ -128,6 +136,7 @@ def labels(tree: chex.ArrayTree) -> chex.ArrayTree:
     ... )
     >>> state = freeze_g.init(params)
     """
+    check_not_apart(flatten(tree)[0])
 
     def label(x: Any) -> Any:
         if not is_node(x):
@@ -151,7 +160,7 @@ def norms(tree: chex.ArrayTree, *, axis_name: AxisName = None) -> dict[str, dict
       g's shape, in float32 or wider. g is exp(log_g) for a `LogWeightNorm`.
 
     Raises:
-      ValueError: as `fold`.
+      ValueError: as `fold`; or if `tree` is the state of a `wnjax.nnx.WeightNorm`: take `nodes()`.
 
     >>> import jax.numpy as jnp
     >>> import wnjax
@@ -160,6 +169,7 @@ def norms(tree: chex.ArrayTree, *, axis_name: AxisName = None) -> dict[str, dict
     {'g': 10.0, 'scale': 2.0, 'v': 5.0}
     """
     leaves = flatten(tree)[0]
+    check_not_apart(leaves)
     nodes = {i: node for i, (_, leaf) in enumerate(leaves) if (node := unbox_node(leaf))}
     paths = [path for path, _ in leaves]
     mesh_axes = split_over(axis_name, paths, nodes)

@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from wnjax._nodes import Node, is_node
 
 NNXMeta = nnx.bridge.NNXMeta
+APART = "gain_of_weight_norm"  # in the metadata of a gain that is apart from its v
 
 
 def is_box(x: Any) -> bool:
@@ -87,6 +88,27 @@ def map_leaves(fn: Callable[[str, Any], Any], tree: Any) -> Any:
     """`tree` with every leaf replaced by `fn(slash path, leaf)`. Boxes and nodes are leaves."""
     pairs, treedef = flatten(tree)
     return treedef.unflatten(fn(path, leaf) for path, leaf in pairs)
+
+
+def as_apart(box: Any) -> Any:
+    """An NNX variable, marked as a gain whose v is elsewhere."""
+    return box.replace(box.get_value(), **{APART: True})
+
+
+def check_not_apart(leaves: Iterable[tuple[str, Any]]) -> None:
+    """Raises ValueError if the leaves are of a `wnjax.nnx.WeightNorm`, and so hold no nodes."""
+    gains = [
+        path
+        for path, box in leaves
+        if isinstance(box, nnx.Variable) and box.get_metadata().get(APART)
+    ]
+    if gains:
+        raise ValueError(
+            "in the state of a wnjax.nnx.WeightNorm v is under layer_instance, and g apart from "
+            "it: take its nodes(), and train these, or let an optimizer train some of its Params "
+            "by wrt=, such as nnx.All(nnx.Param, nnx.Not(nnx.PathContains('g'))). These are "
+            f"gains:{listing(gains)}"
+        )
 
 
 def unbox_node(leaf: Any) -> Any:

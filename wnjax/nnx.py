@@ -12,7 +12,7 @@ from flax import nnx
 
 from wnjax._axes import Axes, Neuron, canonical_axes, decide
 from wnjax._axis_name import check_split
-from wnjax._leaves import box_node, flatten, listing, rebox, unbox, unbox_node
+from wnjax._leaves import as_apart, box_node, flatten, listing, rebox, unbox, unbox_node
 from wnjax._mean_only import batch_mean, canonical, centered, running
 from wnjax._neurons import neurons
 from wnjax._nodes import LogWeightNorm, fan_in_axes, gain_axes
@@ -112,8 +112,8 @@ class WeightNorm(nnx.Module):
     def nodes(self) -> Any:
         """The Params of the module, an `nnx.State`, with nodes in the place of its weights.
 
-        What `wnjax.pytorch.to_state_dict` and checkpoints of nodes take; `nnx.update` of a plain
-        module with it, and `WeightNorm` of that, are the way back.
+        It is what `norms`, `summary` and `wnjax.pytorch.to_state_dict` take. The way back is
+        `nnx.update` of a plain module with it, and `WeightNorm` of that.
         """
         gains = dict(flatten(nnx.state(self.g, nnx.Param))[0])
         boxes, treedef = flatten(nnx.state(self.layer_instance, nnx.Param))
@@ -140,7 +140,7 @@ class WeightNorm(nnx.Module):
     def _take(self, tree: Any) -> None:
         """Takes g and v from the nodes of a state of the module's Params."""
         gains: dict[str, Any] = {}
-        vs = []
+        vs, fan_in = [], []
         boxes, treedef = flatten(tree)
         for path, box in boxes:
             if (node := unbox_node(box)) is None:
@@ -151,15 +151,11 @@ class WeightNorm(nnx.Module):
             place = gains
             for module in modules:
                 place = place.setdefault(module, {})
-            place[name] = rebox(outer_g, node[0])
+            place[name] = as_apart(rebox(outer_g, node[0]))
             vs.append(rebox(outer_v, node.v))
+            fan_in.append((path, tuple(axis - node.v.ndim for axis in fan_in_axes(node))))
         nnx.update(self.layer_instance, treedef.unflatten(vs))
-        self.g = _dicts(gains)
-        self.fan_in_axes = tuple(
-            (path, tuple(axis - node.v.ndim for axis in fan_in_axes(node)))
-            for path, box in boxes
-            if (node := unbox_node(box)) is not None
-        )
+        self.g, self.fan_in_axes = _dicts(gains), tuple(fan_in)
 
     def _take_given(self, params: Any) -> None:
         """Takes the nodes that the Params hold already, and no others."""

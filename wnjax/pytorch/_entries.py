@@ -58,7 +58,14 @@ class StateDict:
     """
 
     def __init__(self, source: Any, prefix: str):
-        values = _opened(source)
+        values = _opened(source, prefix)
+        for name, value in values.items():
+            if not isinstance(name, str) or isinstance(value, Mapping):
+                kind = f"is a {type(value).__name__}" if isinstance(name, str) else "is no name"
+                raise TypeError(
+                    f"{name!r} in the state dict {kind}. Of a checkpoint that holds state dicts "
+                    "among other things, pass the state dict itself"
+                )
         self.prefix = prefix
         self.values = {
             name.removeprefix(prefix): value
@@ -76,33 +83,42 @@ class StateDict:
 
     def entry(self, name: str) -> Entry:
         """The parameter of a name, in whichever form it is there."""
-        forms = {
-            style: [key for key in names(name) if key in self.values]
-            for style, names in {"plain": lambda name: (name,), **STYLES}.items()
-        }
-        found = {style: keys for style, keys in forms.items() if keys}
-        self.left.difference_update(*found.values())
+        pairs = {style: keys(name) for style, keys in STYLES.items()}
+        found = [[key for key in pair if key in self.values] for pair in pairs.values()]
+        if name in self.values:
+            found = [[name], *(keys for keys in found if len(keys) == 2)]
+        found = [keys for keys in found if keys]
+        self.left.difference_update(*found)
         if not found:
             raise Missing
         if len(found) > 1:
-            keys = [key for keys in found.values() for key in keys]
-            raise Misfit(
-                f"{name} is there in {len(found)} forms: {', '.join(keys)}. Keep one of them"
-            )
-        ((style, keys),) = found.items()
-        if style == "plain":
+            keys = ", ".join(key for keys in found for key in keys)
+            raise Misfit(f"{name} is there in {len(found)} forms: {keys}. Keep one of them")
+        if found == [[name]]:
             return Entry(self._array(name), None, name, by_suffix(name)[0])
-        g_name, v_name = STYLES[style](name)
-        if len(keys) < 2:
-            there, lacking = (g_name, v_name) if keys == [g_name] else (v_name, g_name)
-            raise Misfit(f"{there} is there without {lacking}")
+        g_name, v_name = next(pair for pair in pairs.values() if found[0][0] in pair)
+        for there, lacking in ((v_name, g_name), (g_name, v_name)):
+            if lacking not in self.values:
+                raise Misfit(f"{there} is there without {lacking}{self._spectral(name)}")
         return Entry(self._array(v_name), self._array(g_name), v_name, g_name)
+
+    def _spectral(self, name: str) -> str:
+        is_spectral = f"{name}_orig" in self.values
+        return ". This is spectral norm: remove it in PyTorch first" if is_spectral else ""
+
+    def prefix_of(self, name: str) -> str:
+        """The prefix with which a name would be there, in whichever form; "" if with none."""
+        ends = [f".{key}" for key in (name, *(key for of in STYLES.values() for key in of(name)))]
+        names = ((there, end) for there in self.values for end in ends if there.endswith(end))
+        there, end = next(names, ("", ""))
+        return self.prefix + there.removesuffix(end) + "." if there else ""
 
     def _array(self, name: str) -> np.ndarray:
         return as_numpy(name, self.values[name])
 
 
-def _opened(source: Any) -> Mapping[str, Any]:
+def _opened(source: Any, prefix: str) -> Mapping[str, Any]:
+    """The arrays by name; of a file, only those with the prefix, and None for others."""
     if isinstance(source, Mapping):
         return source
     if not isinstance(source, str | os.PathLike):
@@ -116,11 +132,14 @@ def _opened(source: Any) -> Mapping[str, Any]:
             "torch.load(path, weights_only=True)"
         )
     try:
-        from safetensors.flax import load_file  # noqa: PLC0415 - the library does without
+        from safetensors import safe_open  # noqa: PLC0415 - the library does without
     except ImportError as error:
         raise ImportError(f"{source}: pip install safetensors to read it") from error
-    loaded: Mapping[str, Any] = load_file(source)
-    return loaded
+    with safe_open(source, "numpy") as file:
+        return {
+            name: file.get_tensor(name) if name.startswith(prefix) else None
+            for name in file.keys()  # noqa: SIM118 - a file is no mapping
+        }
 
 
 def as_numpy(name: str, value: Any) -> np.ndarray:
@@ -129,9 +148,6 @@ def as_numpy(name: str, value: Any) -> np.ndarray:
         value = value.detach().cpu()
         is_bfloat16 = str(value.dtype) == "torch.bfloat16"  # which numpy() refuses
         value = value.float().numpy().astype(jnp.bfloat16) if is_bfloat16 else value.numpy()
-    if isinstance(value, Mapping) or not hasattr(value, "dtype"):
-        raise TypeError(
-            f"{name} in the state dict is a {type(value).__name__}, no array. A checkpoint that "
-            "holds state dicts among other things: pass the state dict itself"
-        )
+    if not hasattr(value, "dtype"):
+        raise TypeError(f"{name} in the state dict is a {type(value).__name__}, no array")
     return np.asarray(value)

@@ -11,9 +11,19 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.sharding import NamedSharding
 
-from wnjax._leaves import box_node, flatten, names_on, outer_box, rebox, unbox, unbox_node
+from wnjax._leaves import (
+    box_node,
+    check_not_apart,
+    flatten,
+    names_on,
+    outer_box,
+    rebox,
+    unbox,
+    unbox_node,
+)
 from wnjax._nodes import WeightNorm, norm_dtype
 from wnjax.pytorch._entries import Entry, Misfit, Missing, StateDict
 from wnjax.pytorch._layouts import Layout, Layouts, fitting, layouts_of
@@ -46,12 +56,14 @@ def from_state_dict(  # noqa: PLR0913 - each says one thing about the checkpoint
         safetensors file.
       template: the tree to be filled, of arrays or `jax.ShapeDtypeStruct`s: Linen parameters or
         whole variables (paths are then those inside of `params` and `batch_stats`), or the
-        `nnx.State` of a model; shapes, dtypes, boxes and shardings are taken from it. Where
-        it holds nodes, the checkpoint must have g and v of that shape.
+        `nnx.State` of a model, whose random state is left as it is; shapes, dtypes, boxes and
+        shardings are taken from it. Where it holds nodes, the checkpoint must have g and v of
+        that shape.
       names: a dict from regular expressions, matched against the whole slash path, to PyTorch
-        names, in which `\\1` stands for the first group (the last part is translated there too);
-        the first match wins. Or a callable from a path to a name. In place of a name, None leaves
-        the template's value, and a `Part` is a part of a parameter; see `lstm`.
+        names, in which `\\1` stands for the first group; the first match wins. The last part of
+        the name is translated where it comes out of a group, and is what it says where it is
+        written out. Or a callable from a path to a name. In place of a name, None leaves the
+        template's value, and a `Part` is a part of a parameter; see `lstm`.
       layouts: a dict from regular expressions likewise to the order of the axes:
 
         * "linear": (out, in) to (in, out), or to (..., out) with several fan-in axes: kernels
@@ -66,7 +78,8 @@ def from_state_dict(  # noqa: PLR0913 - each says one thing about the checkpoint
         * "same": everything else.
         * a `Layout`.
       prefix: of all names of this model, `"generator."`; names without it are left alone.
-      ignore: regular expressions of names that no leaf need take, matched against the whole name.
+      ignore: regular expressions of names that no leaf need take, matched against the whole name,
+        prefix included.
       half_gains: take g in half precision for what it is. Its rounding changes the length of a
         neuron by up to 1/2048 (float16) or 1/256 (bfloat16).
 
@@ -95,22 +108,26 @@ def from_state_dict(  # noqa: PLR0913 - each says one thing about the checkpoint
            [8.]], dtype=float32)
     """
     leaves, treedef = flatten(template)
+    check_not_apart(leaves)
     paths = [path for path, _ in leaves]
     inside = without_collections(paths)
     parts = parts_of(names, inside)
     shapes = [np.shape(_weight(leaf)) for _, leaf in leaves]
     chosen = layouts_of(layouts, inside, [len(shape) for shape in shapes])
     source = StateDict(state_dict, prefix)
-    result, missing, misfits = [], [], []
+    result, missing, misfits, hint = [], [], [], ""
     for (path, leaf), part, layout in zip(leaves, parts, chosen, strict=True):
         try:
             result.append(_loaded(source, leaf, part, layout, half_gains))
         except Missing:
             missing.append(f"{path}: {' and '.join(part.names) if part else 'no value'}")
+            hint = hint or (source.prefix_of(part.names[0]) if part else "")
         except Misfit as misfit:
             misfits.append(f"{path}: {misfit}")
-    unexpected = sorted(name for name in source.left if not _matches(name, ignore))
-    _check(missing, [source.prefix + name for name in unexpected], misfits)
+    patterns = [ignore] if isinstance(ignore, str) else list(ignore)
+    left = sorted(prefix + name for name in source.left)
+    unexpected = [name for name in left if not any(re.fullmatch(p, name) for p in patterns)]
+    _check(missing, unexpected, misfits, hint)
     return treedef.unflatten(result)
 
 
@@ -120,20 +137,20 @@ def _weight(leaf: Any) -> Any:
     return unbox(leaf) if node is None else node.v
 
 
-def _matches(name: str, patterns: Iterable[str]) -> bool:
-    return any(re.fullmatch(pattern, name) for pattern in patterns)
-
-
 def _loaded(
     source: StateDict, leaf: Any, part: Part | None, layout: tuple[str, Layout], half_gains: bool
 ) -> Any:
     """A leaf of the template with the checkpoint's value, in its box."""
     like = _weight(leaf)
+    if isinstance(leaf, nnx.RngState):
+        return leaf
     if part is None:
         if isinstance(like, jax.ShapeDtypeStruct):
             raise Missing
         return leaf
     entry = _entry(source, part)
+    if not hasattr(like, "dtype"):
+        raise Misfit(f"the template has a {type(like).__name__} there, no array")
     _check_shape(entry, np.shape(like), *layout)
     v = _cast(entry.v_name, layout[1].to_flax(entry.v, np.shape(like)), like.dtype)
     wanted = unbox_node(leaf)
@@ -219,7 +236,8 @@ def _gain(entry: Entry, shape: tuple[int, ...], layout: Layout, half_gains: bool
 
 
 def _cast(name: str, x: np.ndarray, dtype: Any) -> np.ndarray:
-    """`x` in a dtype that holds its values."""
+    """`x` in a dtype that holds its values, and that JAX has: without x64, none of 64 bits."""
+    dtype = jax.dtypes.canonicalize_dtype(dtype)
     is_float = [jnp.issubdtype(d, jnp.floating) for d in (x.dtype, dtype)]
     with np.errstate(over="ignore", invalid="ignore"):
         cast = x.astype(dtype)
@@ -227,7 +245,7 @@ def _cast(name: str, x: np.ndarray, dtype: Any) -> np.ndarray:
     if not holds or is_float[0] != is_float[1]:
         raise Misfit(
             f"{name} is {x.dtype}, and the template's {dtype} does not hold its values. Cast it "
-            f"before, or take a template of {x.dtype}"
+            f"before, or take a template of {x.dtype} (64 bits need jax_enable_x64)"
         )
     return cast
 
@@ -242,7 +260,7 @@ def _placed(x: np.ndarray, like: Any, axes: Iterable[int]) -> jax.Array:
     return placed
 
 
-def _check(missing: list[str], unexpected: list[str], misfits: list[str]) -> None:
+def _check(missing: list[str], unexpected: list[str], misfits: list[str], hint: str) -> None:
     """Raises with all that is wrong, at once."""
     headings = {
         "leaves of the template that the state dict lacks (leaf: name)": missing,
@@ -254,5 +272,7 @@ def _check(missing: list[str], unexpected: list[str], misfits: list[str]) -> Non
         for heading, items in headings.items()
         if items
     ]
+    if hint:
+        texts.append(f"what is missing seems to be there with prefix={hint!r}")
     if texts:
         raise ValueError("the state dict does not fit the template\n" + "\n".join(texts))

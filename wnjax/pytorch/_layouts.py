@@ -20,7 +20,11 @@ class Layout:
       axes: for every axis of the PyTorch parameter the axes of the Flax leaf that it holds, the
         outermost first: `((2,), (1,), (0,))` for a `Conv1d`, whose (out, in, taps) Flax keeps as
         (taps, in, out); `((1, 2), (0,))` for a projection onto heads.
+        `()` is a PyTorch axis of size 1 that Flax does not have.
       flipped: the Flax axes along which the two count in opposite directions.
+
+    Raises:
+      ValueError: if an axis is named twice, or `axes` is not a tuple of tuples.
 
     >>> import numpy as np
     >>> from wnjax.pytorch import Layout
@@ -30,6 +34,15 @@ class Layout:
 
     axes: tuple[tuple[int, ...], ...]
     flipped: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Checks the axes."""
+        is_nested = all(isinstance(group, tuple) for group in self.axes)
+        if not is_nested or sorted(self.order) != list(range(len(self.order))):
+            raise ValueError(
+                "Layout: axes must be tuples, one for each axis of the PyTorch parameter, that "
+                f"name every axis of the Flax leaf once, such as ((1,), (0,)); got {self.axes!r}"
+            )
 
     @property
     def order(self) -> tuple[int, ...]:
@@ -105,8 +118,8 @@ def layouts_of(
     """The layout of every leaf, and what it is called.
 
     Raises:
-      ValueError: if a pattern matches no leaf or never applies, or if a layout is unknown or
-        does not fit the number of axes.
+      ValueError: if a pattern matches no leaf or never applies, if a layout is unknown or
+        does not fit the number of axes, or if it is not said for a `ConvTranspose`.
     """
     given = given or {}
     firsts = first_patterns(given, paths, "layouts")
@@ -118,8 +131,10 @@ def layouts_of(
 
 def _layout(path: str, layout: Any, rank: int) -> tuple[str, Layout]:
     if isinstance(layout, Layout):
-        if sorted(layout.order) != list(range(rank)):
-            raise ValueError(f"layouts: {path} has {rank} axes, {layout} does not name each once")
+        if len(layout.order) != rank:
+            raise ValueError(
+                f"layouts: {path} has {rank} axes, {layout} is for {len(layout.order)}"
+            )
         return "as given", layout
     if layout not in NAMED:
         raise ValueError(
@@ -139,6 +154,11 @@ def _by_name(path: str, rank: int) -> str:
         return "flat"
     if name != "kernel" or rank < 2:
         return "same"
+    if any(module.startswith("ConvTranspose") for module in modules):
+        raise ValueError(
+            f"layouts: {path} is the kernel of a transposed convolution, whose order of axes "
+            "shapes cannot always tell: give 'conv_transpose', or 'conv' for transpose_kernel=True"
+        )
     if rank == 3 and modules[-1:] in (["query"], ["key"], ["value"]):
         return "heads"
     return "linear" if rank == 2 else "conv"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from wnjax._axes import first_patterns
 
@@ -52,47 +52,51 @@ def parts_of(given: Names | None, paths: Sequence[str]) -> list[Part | None]:
     """What PyTorch calls every leaf; None for one that it does not have.
 
     Raises:
-      ValueError: if a pattern matches no leaf or never applies.
+      ValueError: if a pattern matches no leaf or never applies, or has no such group.
+      TypeError: if a name is neither a string, nor a `Part`, nor None.
     """
     if callable(given):
         return [_part(given(path), path) for path in paths]
     given = given or {}
     firsts = first_patterns(given, paths, "names")
     return [
-        _part(path if first is None else _expanded(given[first], first, path), path)
+        Part(_translated(path)) if first is None else _part(given[first], path, first)
         for path, first in zip(paths, firsts, strict=True)
     ]
 
 
-def _expanded(name: str | Part | None, pattern: str, path: str) -> str | Part | None:
-    match = re.fullmatch(pattern, path)
-    if match is None:
-        return None
-    if isinstance(name, Part):
-        return dataclasses.replace(name, name=tuple(map(match.expand, name.names)))
-    return match.expand(name) if isinstance(name, str) else name
-
-
-def _part(name: str | Part | None, path: str) -> Part | None:
+def _part(name: Any, path: str, pattern: str | None = None) -> Part | None:
     if name is None:
         return None
-    if isinstance(name, Part):
-        return dataclasses.replace(name, name=tuple(map(_torch_name, name.names)))
-    if not isinstance(name, str):
+    if not isinstance(name, str | Part):
         raise TypeError(f"names: {path} must be given a string, a Part or None, got {name!r}")
-    return Part((_torch_name(name),))
+    part = Part(name) if isinstance(name, str) else name
+    if pattern is None:
+        return part
+    return dataclasses.replace(
+        part, name=tuple(_expanded(each, pattern, path) for each in part.names)
+    )
 
 
-def _torch_name(name: str) -> str:
-    *modules, last = name.replace("/", ".").split(".")
+def _expanded(template: str, pattern: str, path: str) -> str:
+    """A rule's name for a path. Its last part is translated if it comes from the path."""
+    match = re.fullmatch(pattern, path)
+    try:
+        name = match.expand(template) if match else path
+    except (re.error, IndexError) as error:
+        raise ValueError(f"names: {template!r} for {pattern!r}: {error}") from error
+    is_of_path = "\\" in re.split("[./]", template)[-1]
+    return _translated(name) if is_of_path else name.replace("/", ".")
+
+
+def _translated(path: str) -> str:
+    *modules, last = path.replace("/", ".").split(".")
     return ".".join([*modules, PARAMETERS.get(last, last)])
 
 
 def without_collections(paths: Sequence[str]) -> list[str]:
     """The paths inside of `params` and `batch_stats`, if the tree is Flax's `variables`."""
-    if not all(path.split("/")[0] in COLLECTIONS for path in paths):
-        return list(paths)
-    return [path.partition("/")[2] for path in paths]
+    return [path.partition("/")[2] if path.split("/")[0] in COLLECTIONS else path for path in paths]
 
 
 def lstm(
@@ -104,8 +108,9 @@ def lstm(
     all of it, the second zeros. (Two biases learn twice as fast as their sum.)
 
     Args:
-      path: of the Flax cell: `LSTMCell` or `OptimizedLSTMCell`, of Linen or NNX.
-      name: of the `torch.nn.LSTM`.
+      path: of the Flax cell, `LSTMCell` or `OptimizedLSTMCell`, of Linen or NNX; or a regular
+        expression for it, whose groups `name` may use.
+      name: of the `torch.nn.LSTM`; `""` if it is the module itself.
       layer: which of its layers.
       reverse: whether its reverse direction.
       fused: for `nnx.OptimizedLSTMCell`, which keeps its gates together, as PyTorch does.
@@ -118,16 +123,17 @@ def lstm(
     Part(name='rnn.weight_hh_l0', index=2, count=4)
     """
     end = f"l{layer}_reverse" if reverse else f"l{layer}"
-    biases = (f"{name}.bias_ih_{end}", f"{name}.bias_hh_{end}")
+    name = f"{name}." if name else ""
+    biases = (f"{name}bias_ih_{end}", f"{name}bias_hh_{end}")
     if fused:
         return {
-            f"{path}/dense_i/kernel": Part(f"{name}.weight_ih_{end}"),
-            f"{path}/dense_h/kernel": Part(f"{name}.weight_hh_{end}"),
+            f"{path}/dense_i/kernel": Part(f"{name}weight_ih_{end}"),
+            f"{path}/dense_h/kernel": Part(f"{name}weight_hh_{end}"),
             f"{path}/dense_h/bias": Part(biases),
         }
     rules = {}
     for index, gate in enumerate(("i", "f_?", "g", "o")):  # `if` is no name for an NNX attribute
-        rules[f"{path}/i{gate}/kernel"] = Part(f"{name}.weight_ih_{end}", index, 4)
-        rules[f"{path}/h{gate}/kernel"] = Part(f"{name}.weight_hh_{end}", index, 4)
+        rules[f"{path}/i{gate}/kernel"] = Part(f"{name}weight_ih_{end}", index, 4)
+        rules[f"{path}/h{gate}/kernel"] = Part(f"{name}weight_hh_{end}", index, 4)
         rules[f"{path}/h{gate}/bias"] = Part(biases, index, 4)
     return rules

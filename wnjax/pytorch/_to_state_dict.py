@@ -3,35 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import chex
+import jax
 import numpy as np
+from flax import nnx
 
-from wnjax._leaves import flatten, unbox, unbox_node
+from wnjax._leaves import check_not_apart, flatten, unbox, unbox_node
 from wnjax._nodes import gain
 from wnjax.pytorch._entries import STYLES
 from wnjax.pytorch._layouts import Layout, Layouts, layouts_of
 from wnjax.pytorch._names import Names, parts_of, without_collections
 
 
-def to_state_dict(
+def to_state_dict(  # noqa: PLR0913 - what read the checkpoint, and what is to be written
     tree: chex.ArrayTree,
     names: Names | None = None,
     *,
     layouts: Layouts | None = None,
     prefix: str = "",
     style: str = "parametrizations",
+    like: Mapping[str, Any] | None = None,
 ) -> dict[str, np.ndarray]:
     """The way back: a PyTorch state dict of a Flax tree.
 
     With the `names`, `layouts` and `prefix` that read a checkpoint it writes the same names,
-    and the same numbers to the last bit; `load_state_dict` takes them, as tensors:
+    and the same numbers to the last bit, but for the biases of an `lstm`. PyTorch takes them as
 
-        module.load_state_dict({k: torch.tensor(x) for k, x in state_dict.items()})
+        module.load_state_dict({name: torch.tensor(x) for name, x in state_dict.items()})
+
+    and bfloat16 through a file, by `safetensors.numpy.save_file`.
 
     Args:
       tree: parameters or variables, with or without nodes; `LogWeightNorm`'s g is exp(log_g).
+        Random state is left out.
       names: as for `from_state_dict`; a leaf whose name is None is left out.
       layouts: likewise.
       prefix: put before all names.
@@ -39,15 +45,20 @@ def to_state_dict(
         `torch.nn.utils.parametrizations.weight_norm`, or `"weight_g"`, for
         `torch.nn.utils.weight_norm`.
 
+      like: a state dict whose g have the shapes that are wanted. A single g for a whole weight has
+        no axes in PyTorch if `dim` is None, and as many as the weight if `dim` is an axis
+        of size 1. Without `like`, the former, unless the first axis has size 1.
+
     Returns:
-      Names to numpy arrays, in the dtypes of the tree. g has v's rank, size 1 on all axes but
-      `dim`; where there is one g for the whole weight it has no axes, as with `dim=None`,
-      unless v's first axis has size 1.
+      Names to numpy arrays, in the dtypes of the tree, g in float32 or wider. g has v's rank, size
+      1 on all axes but `dim`, or no axes.
 
     Raises:
       ValueError: if a node has gains along several axes of the PyTorch parameter, which PyTorch
-        cannot have; if two leaves have one name, or parts of a parameter are missing; if a
-        pattern matches no leaf, or `style` is unknown.
+        cannot have; if two leaves have one name, or parts of a parameter are missing or unlike
+        each other; if a pattern matches no leaf, or `style` is unknown; if `tree` is the state of
+        a `wnjax.nnx.WeightNorm`: take its `nodes()`.
+      TypeError: if a leaf is no array.
 
     >>> import jax.numpy as jnp
     >>> import wnjax
@@ -59,50 +70,107 @@ def to_state_dict(
     """
     if style not in STYLES:
         raise ValueError(f"style must be one of {', '.join(STYLES)}, got {style!r}")
-    leaves, _ = flatten(tree)
-    inside = without_collections([path for path, _ in leaves])
-    parts = parts_of(names, inside)
-    values = [(path, unbox_node(leaf), unbox(leaf)) for path, leaf in leaves]
-    ranks = [np.ndim(node.v if node is not None else x) for _, node, x in values]
-    written: dict[str, dict[int, tuple[str, int, np.ndarray]]] = {}
-    chosen = layouts_of(layouts, inside, ranks)
-    for (path, node, x), part, (_, layout) in zip(values, parts, chosen, strict=True):
+    leaves = [(path, leaf) for path, leaf in flatten(tree)[0] if not isinstance(leaf, nnx.RngState)]
+    check_not_apart(leaves)
+    paths = [path for path, _ in leaves]
+    inside = without_collections(paths)
+    entries = [_arrays(path, leaf) for path, leaf in leaves]
+    chosen = layouts_of(layouts, inside, [v.ndim for _, v in entries])
+    pieces: dict[str, dict[int, _Piece]] = {}
+    leaves_in_order = zip(paths, parts_of(names, inside), entries, chosen, strict=True)
+    for path, part, (g, v), (_, layout) in leaves_in_order:
         if part is None:
             continue
-        for number, name in enumerate(part.names):
-            if node is None:
-                entries = {name: layout.to_torch(np.asarray(x))}
-            else:
-                entries = dict(zip(STYLES[style](name), _written(path, node, layout), strict=True))
-            for key, value in entries.items():
-                pieces = written.setdefault(prefix + key, {})
-                if part.index in pieces:
-                    raise ValueError(f"{pieces[part.index][0]} and {path} are both {prefix + key}")
-                piece = np.zeros_like(value) if number else value  # the first of a sum is all of it
-                pieces[part.index] = path, part.count, piece
-    return {name: _joined(name, pieces) for name, pieces in written.items()}
+        piece = _Piece(path, part.count, *_written(path, g, v, layout))
+        for name in part.names:
+            _add(pieces.setdefault(prefix + name, {}), part.index, piece, prefix + name)
+            piece = piece._replace(v=np.zeros_like(piece.v))  # the first of a sum is all of it
+    shapes = {name: np.shape(x) for name, x in (like or {}).items()}
+    result: dict[str, np.ndarray] = {}
+    for name, parts in pieces.items():
+        g, v = _joined(name, parts)
+        if g is None:
+            result[name] = v
+        else:
+            g_name, v_name = STYLES[style](name)
+            result |= {g_name: _shaped(g, v, shapes.get(g_name)), v_name: v}
+    return result
 
 
-def _written(path: str, node: Any, layout: Layout) -> tuple[np.ndarray, np.ndarray]:
+class _Piece(NamedTuple):
+    """A leaf in PyTorch's layout, one of `parts` of a parameter; g is None if it is plain."""
+
+    path: str
+    parts: int
+    g: np.ndarray | None
+    v: np.ndarray
+
+
+def _arrays(path: str, leaf: Any) -> tuple[np.ndarray | None, np.ndarray]:
+    node = unbox_node(leaf)
+    arrays = (None, unbox(leaf)) if node is None else (node[0], node.v)
+    for x in arrays:
+        if x is not None and not isinstance(x, jax.Array | np.ndarray | np.generic):
+            raise TypeError(f"{path} is a {type(x).__name__}, no array")
+    return None if node is None else np.asarray(gain(node)), np.asarray(arrays[1])
+
+
+def _written(
+    path: str, g: np.ndarray | None, v: np.ndarray, layout: Layout
+) -> tuple[np.ndarray | None, np.ndarray]:
     """The gains and v in PyTorch's layout."""
-    v, g = np.asarray(node.v), np.asarray(gain(node))
+    if g is None:
+        return None, layout.to_torch(v)
     v_shape = layout.torch_shape(v.shape)
     g_shape = layout.torch_shape(g.shape) if g.ndim == v.ndim else ()
-    along = [axis for axis, size in enumerate(g_shape) if size > 1]
+    along = [axis for axis, size in enumerate(g_shape) if size != 1]
     fits = g.ndim == v.ndim and all(g_shape[axis] == v_shape[axis] for axis in along)
     if not fits or len(along) > 1:
         raise ValueError(
             f"{path}: g of shape {g.shape} beside v of shape {v.shape} has lengths along several "
             "axes, and PyTorch's weight_norm along one, dim. fold(tree) first to write the weight"
         )
-    g, v = layout.to_torch(g), layout.to_torch(v)
-    is_whole = not along and v.shape[0] != 1
-    return g.reshape(()) if is_whole else g, v
+    return layout.to_torch(g), layout.to_torch(v)
 
 
-def _joined(name: str, pieces: Mapping[int, tuple[str, int, np.ndarray]]) -> np.ndarray:
-    """A parameter from its parts."""
-    ((path, count, first), *_) = pieces.values()
-    if lacking := sorted(set(range(count)).difference(pieces)):
-        raise ValueError(f"{name}: no leaf gives part {lacking} of {count}, as {path} gives one")
-    return first if count == 1 else np.concatenate([pieces[i][2] for i in range(count)])
+def _add(pieces: dict[int, _Piece], index: int, piece: _Piece, name: str) -> None:
+    """Adds a part of a parameter to those there are, if it goes with them."""
+    other = next(iter(pieces.values()), piece)
+    if index in pieces:
+        raise ValueError(
+            f"{pieces[index].path} and {piece.path} are both {name}; give one of them the name None"
+        )
+    if (other.parts, other.g is None) != (piece.parts, piece.g is None):
+        raise ValueError(
+            f"{other.path} and {piece.path} are parts of {name}, and must be of one count, and "
+            "both nodes or both plain"
+        )
+    if piece.parts > 1 and piece.g is not None and piece.g.shape[0] != piece.v.shape[0]:
+        raise ValueError(
+            f"{piece.path}: g of shape {piece.g.shape} in PyTorch would be shared by the "
+            f"{piece.parts} parts of {name}, and each has its own: only dim=0 can be joined"
+        )
+    pieces[index] = piece
+
+
+def _joined(name: str, pieces: Mapping[int, _Piece]) -> tuple[np.ndarray | None, np.ndarray]:
+    """The gains and v of a parameter from its parts."""
+    first = next(iter(pieces.values()))
+    if lacking := sorted(set(range(first.parts)).difference(pieces)):
+        raise ValueError(
+            f"{name}: no leaf gives part {lacking} of {first.parts}, as {first.path} gives one"
+        )
+    if first.parts == 1:
+        return first.g, first.v
+    gs = [pieces[i].g for i in range(first.parts)]
+    v = np.concatenate([pieces[i].v for i in range(first.parts)])
+    return None if first.g is None else np.concatenate([g for g in gs if g is not None]), v
+
+
+def _shaped(g: np.ndarray, v: np.ndarray, wanted: tuple[int, ...] | None) -> np.ndarray:
+    """The gains, without axes where PyTorch has none."""
+    if g.size != 1:
+        return g
+    if wanted is None:
+        wanted = () if v.shape[0] != 1 else g.shape
+    return g.reshape(wanted)
