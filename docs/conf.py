@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from jupyter_client.connect import ConnectionFileMixin
 from sphinx.application import Sphinx
 from sphinx.ext.napoleon import GoogleDocstring
 from sphinx.util import logging
@@ -43,7 +42,7 @@ nb_execution_timeout = 300  # seconds a cell
 nb_execution_raise_on_error = True
 nb_execution_show_tb = True
 nb_output_stderr = "warn"
-ConnectionFileMixin.transport.default_value = "ipc"  # over TCP, kernels warn on every page
+nb_merge_streams = True
 python_logging.getLogger("traitlets").setLevel("WARNING")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 

@@ -34,10 +34,10 @@ def wrap(fn: Callable[..., Any], *, axis_name: AxisName = None) -> Callable[...,
 
         w·x = (g/‖v‖)·(v·x)
 
-    (`scales_output` decides, from sizes alone; under `vmap` those of one example). It traces
-    `fn`, so call it inside `jit`, as one does with a loss. What tracing does not understand
-    gets the folded weight. So does what is computed in float16, whose range v·x may leave where
-    w·x does not; in wider dtypes it may do so only for ‖v‖ beyond what `fold` takes for finite.
+    (Sizes alone decide; under `vmap` those of one example.) It traces `fn`, so call it inside
+    `jit`, as one does with a loss. What tracing does not understand gets the folded weight. So
+    does what is computed in float16, whose range v·x may leave where w·x does not; in wider
+    dtypes it may do so only for ‖v‖ beyond what `fold` takes for finite.
     Inside `shard_map`, where fan-in axes may be split, what `fold` says of derivatives holds.
 
     Source: Salimans & Kingma 2016, https://arxiv.org/abs/1602.07868, equation 2.

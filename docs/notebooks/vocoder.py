@@ -13,11 +13,12 @@
 # # A vocoder ported from PyTorch
 #
 # Vocoders and audio codecs are trained with weight norm on every convolution. This notebook takes
-# the generator of one, in the manner of HiFi-GAN, from PyTorch to Flax: the same output, the
-# same training, and the way back. PyTorch itself is not needed; what it computed is in the file.
+# the generator of one, in the manner of HiFi-GAN, from PyTorch to Flax: the same output, more
+# training in JAX, and the way back. PyTorch itself is not needed; what it computed is in the file.
 #
 # This is the PyTorch model, with weight norm on all 28 of its convolutions, two of them transposed
-# ({download}`the whole script <vocoder/generator_torch.py>`):
+# ({download}`the whole script <vocoder/generator_torch.py>`,
+# {download}`the file that it leaves <vocoder/generator.safetensors>`):
 #
 # ```{literalinclude} vocoder/generator_torch.py
 # :start-at: def conv(
@@ -93,7 +94,7 @@ class Generator(nnx.Module):
 # said, since shapes cannot always tell.
 
 # %%
-file = "vocoder/generator.safetensors"
+file = "vocoder/generator.safetensors"  # beside this notebook
 layouts = {r"ups/\d/kernel": "conv_transpose"}
 graph, template = nnx.split(Generator(nnx.Rngs(0)))
 params = wnjax.pytorch.from_state_dict(file, template, layouts=layouts, prefix="generator.")
@@ -123,7 +124,7 @@ print(f"{waveform.size} samples from {mel.shape[1]} frames")
 print(f"farthest from PyTorch's: {largest:.1e}, of amplitudes up to {np.abs(expected).max():.2f}")
 assert largest < 1e-5
 
-# %%
+# %% mystnb={"image": {"alt": "The waveforms of PyTorch and of Flax lie on each other"}}
 figure, axes = plt.subplots(figsize=(7, 2.2), layout="constrained", facecolor="white")
 axes.plot(expected[:256], color="0.7", linewidth=4, label="PyTorch")
 axes.plot(waveform[:256], color="C0", linewidth=1, label="Flax, (g, v) from PyTorch")
