@@ -25,7 +25,6 @@ from tests.vocoders import (
 )
 from wnjax.pytorch import from_state_dict, lstm, to_state_dict
 
-pytestmark = pytest.mark.usefixtures("optimized")
 RTOL = 1e-5  # of the largest element, in float32
 
 
@@ -178,8 +177,7 @@ def comparable(expected, actual):
     return {name: expected[name] for name in actual} if expected.keys() == actual.keys() else {}
 
 
-@pytest.mark.parametrize("api", torch_modules.APIS)
-@pytest.mark.parametrize("case", ["generator"])
+@pytest.mark.parametrize(("case", "api"), [("generator", "parametrizations")])
 def test_nnx_computes_and_trains_alike(api, record):
     model = NNXGenerator(nnx.Rngs(0))
     graph, state = nnx.split(model)

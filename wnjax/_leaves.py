@@ -91,8 +91,9 @@ def map_leaves(fn: Callable[[str, Any], Any], tree: Any) -> Any:
 
 
 def as_apart(box: Any) -> Any:
-    """An NNX variable, marked as a gain whose v is elsewhere."""
-    return box.replace(box.get_value(), **{APART: True})
+    """A gain whose v is elsewhere: marked so, if it is an NNX variable."""
+    is_variable = isinstance(box, nnx.Variable)
+    return box.replace(box.get_value(), **{APART: True}) if is_variable else box
 
 
 def check_not_apart(leaves: Iterable[tuple[str, Any]]) -> None:
