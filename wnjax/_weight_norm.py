@@ -161,8 +161,8 @@ def fold(tree: chex.ArrayTree, *, axis_name: AxisName = None) -> chex.ArrayTree:
 
     Args:
       tree: any pytree, with or without nodes, of arrays or of their `jax.ShapeDtypeStruct`s;
-        what is no node is returned as it is. That includes the dicts `{"g": ..., "v": ...}`
-        of a checkpoint restored without a target.
+        what is no node is returned as it is. That includes the dicts `{"g": ..., "v": ...}` of a
+        checkpoint restored without a target: see `wnjax.convert.from_dicts`.
       axis_name: as for `weight_norm`.
 
     Returns:
