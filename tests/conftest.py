@@ -10,12 +10,13 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_platforms", "cpu")
 # LLVM's optimizations would take much of the time; the tests of exact numbers do compile with them.
 jax.config.update("jax_disable_most_optimizations", True)
-# Nor XLA's fusion emitters, which take a third of it: the tests on the newest JAX have those, since
-# it does not know the flag, and ends where it finds it.
+# Nor in parts of a module, which pay for large ones alone; nor XLA's fusion emitters, which take a
+# third of it: the tests on the newest JAX have those, since it does not know the flag, and ends
+# where it finds it.
+FLAGS = [os.environ.get("XLA_FLAGS", ""), "--xla_cpu_parallel_codegen_split_count=1"]
 if jax.__version_info__ < (0, 11):
-    os.environ["XLA_FLAGS"] = " ".join(
-        [os.environ.get("XLA_FLAGS", ""), "--xla_cpu_use_fusion_emitters=false"]
-    )
+    FLAGS.append("--xla_cpu_use_fusion_emitters=false")
+os.environ["XLA_FLAGS"] = " ".join(FLAGS)
 # Many cases come down to one program: containers and transforms differ, what is computed does not.
 # A cache for each process, since JAX does not write its files atomically.
 PROGRAMS = tempfile.TemporaryDirectory(prefix="wnjax-tests-")

@@ -103,9 +103,10 @@ def value_and_gradient(fn):
     return jax.jit(jax.value_and_grad(total, has_aux=True))
 
 
-@layouts
 @pytest.mark.parametrize("name", FUNCTIONS)
-@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize(
+    ("layout", "check_vma"), [("both", False), *((layout, True) for layout in LAYOUTS)]
+)
 def test_shards_give_what_the_whole_gives(name, layout, check_vma):
     """Values, and gradients taken around `shard_map`."""
     spec, axis_name, _ = LAYOUTS[layout]
@@ -243,8 +244,7 @@ def train(loss, optimizer, params, state, *batch):
 
 
 @pytest.mark.parametrize("form", ["fold", "wrap", "weight_normalized", "keep_norms"])
-@pytest.mark.parametrize("make", [optax.sgd, optax.adam])
-@pytest.mark.parametrize("init_inside", [False, True])
+@pytest.mark.parametrize(("make", "init_inside"), [(optax.sgd, False), (optax.adam, True)])
 def test_training_steps_are_those_of_the_whole(form, make, init_inside):
     params, batch = mlp_parameters(form), (normal(8, 16, seed=3), normal(8, 24, seed=4))
     loss, optimizer = of_form(form, make(0.05))

@@ -1,4 +1,7 @@
-"""What `wrap` costs a training step, by XLA's own counts, which are deterministic."""
+"""What `wrap` costs a training step, by XLA's own counts, which are deterministic.
+
+They are of XLA's program, and the same whether LLVM optimizes it or not.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +11,6 @@ import pytest
 import wnjax
 from experiments.networks.classifiers import MLP
 from experiments.networks.transformer import Transformer
-
-pytestmark = pytest.mark.usefixtures("optimized")
 
 
 def compiled_step(fn, params, inputs, labels):
