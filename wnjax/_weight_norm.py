@@ -135,9 +135,7 @@ def weight_norm(
     weights = {i: (None, w) for i, (_, w, d) in enumerate(decisions) if isinstance(d, Neuron)}
     mesh_axes = split_over(axis_name, [path for path, _ in boxes], weights)
     return treedef.unflatten(
-        _normalize(
-            path, box, leaf, decision.feature_axes, log_scale=log_scale, mesh_axes=mesh_axes[i]
-        )
+        _normalize(path, box, decision.feature_axes, log_scale, mesh_axes[i])
         if isinstance(decision, Neuron)
         else rebox(box, leaf)
         for i, ((_, box), (path, leaf, decision)) in enumerate(zip(boxes, decisions, strict=True))
@@ -222,15 +220,10 @@ def fold_leaf(path: str, leaf: Any, mesh_axes: tuple[str, ...] = ()) -> Any:
         raise ValueError(f"{path or 'the node'}: {error}") from error
 
 
-def _normalize(  # noqa: PLR0913 - the weight, and how to normalize it
-    path: str,
-    box: Any,
-    leaf: Any,
-    feature_axes: Any,
-    *,
-    log_scale: bool,
-    mesh_axes: tuple[str, ...],
+def _normalize(
+    path: str, box: Any, feature_axes: Any, log_scale: bool, mesh_axes: tuple[str, ...]
 ) -> Any:
+    leaf = unbox(box)
     check_floating(path, leaf)
     features = canonical_axes(path, leaf, feature_axes)
     if isinstance(leaf, jax.ShapeDtypeStruct):
