@@ -49,6 +49,15 @@ class GroupedConvTranspose(nn.Module):
         return y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
 
 
+class Positional(nn.Module):
+    """The positional embedding of wav2vec2."""
+
+    @nn.compact
+    def __call__(self, x):
+        conv = nn.Conv(4, (6,), padding=3, feature_group_count=2, name="conv")
+        return x + nn.gelu(conv(x)[:, :-1], approximate=False)
+
+
 def leaky(x, slope=0.01):
     return jax.nn.leaky_relu(x, slope)
 

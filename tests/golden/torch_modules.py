@@ -64,10 +64,8 @@ LAYERS = {
         (1, 4, 3, 3),
     ),
     "conv_transpose3d_groups": ("ConvTranspose3d", (2, 4, 2), {"groups": 2}, 0, (1, 2, 2, 2, 2)),
-    # The positional convolution of wav2vec2: a g for each tap.
-    "taps": ("Conv1d", (4, 4, 6), {"padding": 3, "groups": 2}, 2, (2, 4, 7)),
 }
-CASES = (*LAYERS, "generator", "sequence")
+CASES = (*LAYERS, "positional", "generator", "sequence")
 
 
 def normalized(module, dim, api, name="weight"):
@@ -86,6 +84,21 @@ def normalized(module, dim, api, name="weight"):
     with torch.no_grad():
         g.mul_(1 + torch.rand_like(g))
     return module
+
+
+def positional(api):
+    """The positional embedding of wav2vec2: a convolution with a g for each tap, an even number."""
+    from torch import nn
+
+    class Positional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = normalized(nn.Conv1d(4, 4, 6, padding=3, groups=2), 2, api)
+
+        def forward(self, x):
+            return x + nn.functional.gelu(self.conv(x)[..., :-1])
+
+    return Positional()
 
 
 def generator(api):
@@ -158,6 +171,8 @@ def example(case, api):
     import torch
 
     torch.manual_seed(0)
+    if case == "positional":
+        return positional(api), torch.randn(2, 4, 7)
     if case == "generator":
         return generator(api), torch.randn(2, 5, 6)
     if case == "sequence":
