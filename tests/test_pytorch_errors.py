@@ -1,0 +1,195 @@
+"""Every error of a bad checkpoint: what is wrong, where, and what to do."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import wnjax
+from tests.test_pytorch import array, checkpoint, message, variables
+from wnjax.pytorch import Layout, from_state_dict, to_state_dict
+
+
+def test_all_that_is_missing_and_unexpected_at_once():
+    state = checkpoint()
+    state["headd.weight"] = state.pop("head.bias")
+    state["extra.weight_g"] = array(1)
+    del state["norm.running_var"]
+    state["conv.bias"] = array(5)
+    assert message(state, variables()) == (
+        "the state dict does not fit the template\n"
+        "leaves of the template that the state dict lacks (leaf: name):\n"
+        "  batch_stats/norm/var: norm.running_var\n"
+        "  params/head/bias: head.bias\n"
+        "names in the state dict that no leaf takes (names or ignore may tell):\n"
+        "  extra.weight_g\n"
+        "  headd.weight\n"
+        "leaves that do not fit:\n"
+        "  params/conv/bias: conv.bias has shape (5,), but the leaf of shape (4,), in the "
+        "layout 'same', needs (4,)"
+    )
+
+
+def test_wrong_shape():
+    text = message({"weight": array(3, 5)}, {"kernel": jnp.zeros((4, 3))})
+    assert text.endswith(
+        "kernel: weight has shape (3, 5), but the leaf of shape (4, 3), in the layout "
+        "'linear', needs (3, 4)"
+    )
+
+
+def test_transposed_without_being_told():
+    """A ConvTranspose, and a linear layer that keeps its inputs first."""
+    state = {"weight_g": array(6, 1, 1), "weight_v": array(6, 4, 3)}
+    template = {"kernel": jnp.zeros((3, 6, 4))}
+    assert (
+        "weight_v has shape (6, 4, 3), but the leaf of shape (3, 6, 4), in the layout 'conv', "
+        "needs (4, 6, 3). It would fit as 'conv_transpose': if that is what it is, say so in "
+        "layouts"
+    ) in message(state, template)
+    from_state_dict(state, template, layouts={"kernel": "conv_transpose"})
+    text = message({"weight": array(4, 3)}, {"kernel": jnp.zeros((4, 3))})
+    assert "It would fit as 'same'" in text
+
+
+@pytest.mark.parametrize("shape", [(4,), (1, 4, 1), (4, 1), (4, 2, 1), (4, 2, 3), (3, 1, 1)])
+def test_gains_of_a_shape_that_pytorch_takes_silently(shape):
+    state = checkpoint() | {"conv.weight_g": array(*shape)}
+    assert (
+        f"params/conv/kernel: conv.weight_g of shape {shape} does not fit conv.weight_v of "
+        "shape (4, 2, 3): give it the size of one axis, dim, and size 1 on the others"
+    ) in message(state, variables())
+
+
+@pytest.mark.parametrize(
+    ("lacking", "there"),
+    [
+        ("conv.weight_g", "conv.weight_v"),
+        ("conv.weight_v", "conv.weight_g"),
+        (
+            "head.parametrizations.weight.original0",
+            "head.parametrizations.weight.original1",
+        ),
+    ],
+)
+def test_g_or_v_is_missing(lacking, there):
+    state = checkpoint()
+    del state[lacking]
+    assert f"{there} is there without {lacking}" in message(state, variables())
+
+
+def test_one_weight_in_two_forms():
+    state = checkpoint() | {
+        "conv.weight": array(4, 2, 3),
+        "head.weight_g": array(3, 1),
+        "head.weight_v": array(3, 4),
+    }
+    text = message(state, variables())
+    assert (
+        "conv.weight is there in 2 forms: conv.weight, conv.weight_g, conv.weight_v. Keep"
+    ) in text
+    assert (
+        "head.weight is there in 2 forms: head.parametrizations.weight.original0, "
+        "head.parametrizations.weight.original1, head.weight_g, head.weight_v. Keep one"
+    ) in text
+
+
+def test_one_weight_whose_name_looks_like_g_or_v_of_another():
+    state = {"bias": array(2), "bias_v": array(2)}
+    tree = from_state_dict(state, {"bias": jnp.zeros(2), "bias_v": jnp.zeros(2)})
+    chex.assert_trees_all_equal(tree, state)
+
+
+def test_spectral_norm():
+    state = {"weight_orig": array(2, 3), "weight_u": array(2), "weight_v": array(3)}
+    text = message(state, {"kernel": jnp.zeros((3, 2))})
+    assert "weight_v is there without weight_g. This is spectral norm: remove it in" in text
+
+
+@pytest.mark.parametrize("prefix", ["", "generator"])
+def test_a_prefix_that_was_forgotten(prefix):
+    state = {f"generator.{name}": x for name, x in checkpoint().items()}
+    hint = "what is missing seems to be there with prefix='generator.'"
+    assert message(state, variables(), prefix=prefix).endswith(hint)
+
+
+def test_what_is_ignored_is_named_as_it_is_reported():
+    state = {"a.bias": array(2), "a.more": array(2)}
+    template = {"bias": jnp.zeros(2)}
+    assert "\n  a.more" in message(state, template, prefix="a.")
+    from_state_dict(state, template, prefix="a.", ignore=r"a\.more")
+
+
+def test_transposed_convolutions_of_which_nothing_is_said():
+    """Their kernel would fit, if it has as many inputs as outputs, and be wrong."""
+    template = {"ConvTranspose_0": {"kernel": jnp.zeros((3, 4, 4))}}
+    state = {"ConvTranspose_0.weight": array(4, 4, 3)}
+    with pytest.raises(ValueError, match=r"ConvTranspose_0/kernel is the kernel of a transposed"):
+        from_state_dict(state, template)
+    for layout in ("conv", "conv_transpose"):
+        from_state_dict(state, template, layouts={".*/kernel": layout})
+
+
+def test_templates_that_hold_no_arrays():
+    assert "bias: the template has a float there" in message({"bias": array()}, {"bias": 0.5})
+    shapes = {"kernel": jax.ShapeDtypeStruct((2, 3), jnp.float32)}
+    with pytest.raises(TypeError, match="kernel is a ShapeDtypeStruct, no array"):
+        to_state_dict(shapes)
+
+
+def test_the_state_of_an_nnx_module_with_gains():
+    state = nnx.state(wnjax.nnx.WeightNorm(nnx.Linear(2, 3, rngs=nnx.Rngs(0))))
+    for fn in (to_state_dict, lambda state: from_state_dict({}, state)):
+        with pytest.raises(ValueError, match=r"take its nodes\(\)"):
+            fn(state)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, jnp.bfloat16])
+def test_gains_in_half_precision(dtype):
+    state = checkpoint()
+    for name in ("conv.weight_g", "conv.weight_v"):
+        state[name] = state[name].astype(dtype)
+    assert (
+        f"conv.weight_g is {np.dtype(dtype)}, and every rounding of g changes a neuron's "
+        "length. Save the model before .half(), or pass half_gains=True"
+    ) in message(state, variables())
+    node = from_state_dict(state, variables(), half_gains=True)["params"]["conv"]["kernel"]
+    assert node.g.dtype == node.v.dtype == jnp.float32
+    np.testing.assert_array_equal(node.g.ravel(), state["conv.weight_g"].ravel())
+
+
+def test_values_that_the_template_cannot_hold():
+    state = checkpoint()
+    state["conv.bias"] = state["conv.bias"].astype(np.float64)  # holds float32 values
+    state["head.bias"] = np.full(3, 0.1)
+    state["norm.bias"] = np.ones(4, np.int32)
+    text = message(state, variables())
+    assert "conv/bias" not in text
+    assert "head/bias: head.bias is float64, and the template's float32 does not hold" in text
+    assert "norm/bias: norm.bias is int32, and the template's float32 does not hold" in text
+
+
+def test_prefixes_that_nothing_has():
+    with pytest.raises(ValueError, match=r"begins with the prefix 'module\.'; they begin like c"):
+        from_state_dict(checkpoint(), variables(), prefix="module.")
+
+
+@pytest.mark.parametrize("rules", [{"names": {"cnv": ""}}, {"layouts": {"cnv": "same"}}])
+def test_patterns_that_match_nothing(rules):
+    (argument,) = rules
+    with pytest.raises(ValueError, match=f"{argument}: the pattern 'cnv' matches no leaf"):
+        from_state_dict(checkpoint(), variables(), **rules)
+
+
+def test_names_and_layouts_that_are_none():
+    with pytest.raises(TypeError, match="names: kernel must be given a string, a Part or None"):
+        from_state_dict({}, {"kernel": jnp.zeros((2, 3))}, {"kernel": 3})
+    for layout, error in {
+        "convolution": r"kernel: 'convolution' is no layout; choose from linear, heads, conv",
+        "conv": r"kernel has 2 axes, 'conv' needs 3 or more",
+        Layout(((0,),)): r"kernel has 2 axes, .* is for 1",
+    }.items():
+        with pytest.raises(ValueError, match=error):
+            from_state_dict({}, {"kernel": jnp.zeros((2, 3))}, layouts={"kernel": layout})
