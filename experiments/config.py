@@ -4,11 +4,15 @@
 import dataclasses
 import enum
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import optax
+from optax import GradientTransformation
 
+from experiments.gains import scale_gains_by_fan_in
 from experiments.networks.layers import ActivationNorm
 from experiments.tasks import Task
 
@@ -33,6 +37,10 @@ class Optimizer:
       decay_from: step from which the learning rate falls linearly, to 0 after the last step;
         negative for never.
       clip: largest global norm of the gradients; larger ones are scaled down. 0 for any.
+      eps: of adam and adamax, added to the denominator: m / (√(v + eps_root) + eps).
+      eps_root: of adam, added under the root.
+      fast_gains: with weight norm, multiply the updates of every gain by the square root of its
+        fan-in: experiments.gains.
     """
 
     name: Update = Update.SGD
@@ -41,6 +49,9 @@ class Optimizer:
     late_momentum: float = -1.0
     decay_from: int = -1
     clip: float = 0.0
+    eps: float = 1e-8
+    eps_root: float = 0.0
+    fast_gains: bool = False
 
     def __post_init__(self) -> None:
         """Checks the values, also after the command line has changed them."""
@@ -55,25 +66,57 @@ class Optimizer:
             raise ValueError(f"optimizer.clip must not be negative, got {self.clip}")
         if self.late_momentum >= 0 > self.decay_from:
             raise ValueError("optimizer.late_momentum needs optimizer.decay_from")
+        for name in ("eps", "eps_root"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(
+                    f"optimizer.{name} must not be negative, got {getattr(self, name)}"
+                )
+        if self.eps_root and self.name is not Update.ADAM:
+            raise ValueError(f"optimizer.eps_root is of adam alone, not of {self.name.value}")
 
-    def make(self, steps: int) -> optax.GradientTransformation:
-        """The optimizer for so many steps."""
+    def make(self, steps: int, length: int | jax.Array | None = None) -> GradientTransformation:
+        """The optimizer for so many steps.
+
+        Args:
+          steps: that `decay_from` counts on.
+          length: the steps that the run really takes; schedules are stretched or shortened to it.
+        """
         rate: Any = self.learning_rate
         momentum: Any = self.momentum
+
+        def decayed(step: jax.Array) -> jax.Array:
+            left = (steps - step) / max(steps - self.decay_from, 1)
+            return self.learning_rate * jnp.clip(left, 0, 1)
+
+        def switched(step: jax.Array) -> jax.Array:
+            return jnp.where(step < self.decay_from, self.momentum, self.late_momentum)
+
         if self.decay_from >= 0:
-            rate = optax.linear_schedule(rate, 0.0, steps - self.decay_from, self.decay_from)
+            rate = _stretched(decayed, steps, length)
         if self.late_momentum >= 0:
-            parts = [optax.constant_schedule(m) for m in (self.momentum, self.late_momentum)]
-            momentum = optax.join_schedules(parts, [self.decay_from])
-        make, name = {
-            Update.SGD: (optax.sgd, "momentum"),
-            Update.ADAM: (optax.adam, "b1"),
-            Update.ADAMAX: (optax.adamax, "b1"),
+            momentum = _stretched(switched, steps, length)
+        make, options = {
+            Update.SGD: (optax.sgd, {"momentum": momentum}),
+            Update.ADAM: (optax.adam, {"b1": momentum, "eps": self.eps, "eps_root": self.eps_root}),
+            Update.ADAMAX: (optax.adamax, {"b1": momentum, "eps": self.eps}),
         }[self.name]
         if self.late_momentum >= 0:
             make = optax.inject_hyperparams(make)  # takes schedules of any argument
-        clip = [optax.clip_by_global_norm(self.clip)] if self.clip else []
-        return optax.chain(*clip, make(rate, **{name: momentum}))
+        before = [optax.clip_by_global_norm(self.clip)] if self.clip else []
+        behind = [scale_gains_by_fan_in()] if self.fast_gains else []
+        return optax.chain(*before, make(rate, **options), *behind)
+
+
+def _stretched(
+    schedule: Callable[[jax.Array], jax.Array], steps: int, length: int | jax.Array | None
+) -> optax.Schedule:
+    """A schedule made for `steps`, run in `length` of them."""
+
+    def stretched(count: Any) -> jax.Array:
+        step = jnp.asarray(count, jnp.float32)
+        return schedule(step if length is None else step * (steps / jnp.float32(length)))
+
+    return stretched
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
@@ -154,6 +197,9 @@ class Config:
       weight_norm: train g and v in place of the weights.
       in_optimizer: with weight norm, keep the weights as parameters, and g and v in the optimizer:
         wnjax.weight_normalized.
+      fixed_scale: without weight norm, keep the scale s that initialization from data gives every
+        weight as a constant, w = s·v, and train v. The authors' plain network is of that form: s
+        multiplies the steps.
       v_std: with weight norm, the standard deviation of the entries of every v at the start, to
         which it is scaled; the smaller, the further a step turns it. 0 for that of the weights.
       norm: what normalizes activations: none, batch, mean_only or layer.
@@ -162,6 +208,9 @@ class Config:
       optimizer: its fields are set by --config.optimizer.FIELD.
       batch_size: examples a step.
       steps: training steps; a multiple of steps_per_eval.
+      minutes: wall time that the run may take, compiling included. One call is timed, and fewer
+        steps are taken where all of them would take longer; the schedules of the optimizer end
+        with them. 0 for any.
       steps_per_eval: steps between evaluations, each of which leaves a line in the record; a
         multiple of steps_per_call.
       steps_per_call: steps in one call of the compiled program.
@@ -169,6 +218,7 @@ class Config:
         longer, but XLA's convolutions on a CPU are several times slower inside a loop.
       evals_per_save: evaluations between checkpoints.
       train_examples: train on so many, the first ones; 0 for all.
+      validation_examples: hold out so many of these, the last ones, and measure on them too.
       test_examples: test on so many, the first ones; 0 for all.
       ema_decay: of the moving average of the parameters that is evaluated; 0 for none.
       bfloat16: compute in bfloat16; parameters, norms and losses stay in float32.
@@ -185,17 +235,20 @@ class Config:
     task: Task
     weight_norm: bool = False
     in_optimizer: bool = False
+    fixed_scale: bool = False
     v_std: float = 0.0
     norm: ActivationNorm = ActivationNorm.NONE
     init_examples: int = 0
     optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
     batch_size: int = 64
     steps: int = 400
+    minutes: float = 0.0
     steps_per_eval: int = 20
     steps_per_call: int = 1
     unroll: bool = False
     evals_per_save: int = 1
     train_examples: int = 0
+    validation_examples: int = 0
     test_examples: int = 0
     ema_decay: float = 0.0
     bfloat16: bool = False
@@ -220,6 +273,10 @@ class Config:
                 )
         if self.in_optimizer and (not self.weight_norm or self.v_std):
             raise ValueError("in_optimizer needs weight_norm, and v_std=0: v begins as the weight")
+        if self.fixed_scale and (self.weight_norm or not self.init_examples):
+            raise ValueError("fixed_scale needs weight_norm=False, and init_examples for the scale")
+        if self.optimizer.fast_gains and not self.weight_norm:
+            raise ValueError("optimizer.fast_gains needs weight_norm: plain weights have no gains")
         if self.norm not in self.task.norms:
             names = ", ".join(norm.value for norm in self.task.norms)
             raise ValueError(f"norm must be one of {names} for this task, got {self.norm.value}")
@@ -237,15 +294,31 @@ class Config:
         for name in (*positive, "seeds"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        for name in ("init_examples", "train_examples", "test_examples"):
+        for name in ("init_examples", "train_examples", "validation_examples", "test_examples"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if not 0 <= self.v_std < math.inf:
             raise ValueError(f"v_std must not be negative, got {self.v_std}")
+        if not 0 <= self.minutes < math.inf:
+            raise ValueError(f"minutes must not be negative, got {self.minutes}")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must lie in [0, 1), got {self.ema_decay}")
         if not 0 <= self.seed < 2**31 - self.seeds:
             raise ValueError(f"seed must not be negative or beyond 31 bits, got {self.seed}")
+
+
+def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of a config, some of them changed; a dict changes fields of a part, such as the task.
+
+    >>> merge({"steps": 9, "mesh": Mesh(data=2)}, {"mesh": {"fsdp": 4}})
+    {'steps': 9, 'mesh': Mesh(data=2, fsdp=4, tensor=1)}
+    """
+    parts = {
+        name: dataclasses.replace(base[name], **inner)
+        for name, inner in changes.items()
+        if isinstance(inner, Mapping)
+    }
+    return {**base, **changes, **parts}
 
 
 def _check_types(config: Any, prefix: str = "") -> None:

@@ -33,9 +33,13 @@ class Programs:
         self.mesh = make_mesh(config)
         whole = NamedSharding(self.mesh, PartitionSpec())
         by_seed = NamedSharding(self.mesh, PartitionSpec("seeds"))
-        self.train, self.test = (
-            {name: _on_all(np.asarray(x), whole) for name, x in split.items()} for split in data
+        self.train, *held_out = (
+            {name: _on_all(np.asarray(x), whole) for name, x in split.items()}
+            for split in data
+            if split
         )
+        self.held_out = dict(zip(("test", "validation"), held_out, strict=False))
+        self.test = self.held_out["test"]
         seeds = np.arange(config.seed, config.seed + config.seeds, dtype=np.int32)
         self.seeds = jax.device_put(seeds, by_seed)
         # Devices of a CPU that are in different calls wait for each other for ever, some in the
@@ -43,7 +47,8 @@ class Programs:
         self._one_call_at_a_time = config.mesh.size > 1 and jax.default_backend() == "cpu"
         self._init: Any = jax.jit(self._init_all)
         self._steps: Any = jax.jit(self._advance_all, donate_argnums=0)
-        self._evaluate: Any = jax.jit(self._over_seeds(self.trainer.evaluate, 2))
+        evaluate: Any = jax.jit(self._over_seeds(self.trainer.evaluate, 2))
+        self._evaluate = dict.fromkeys(self.held_out, evaluate)
         self._norms: Any = jax.jit(self._over_seeds(self.trainer.norms, 1))
         self._first_failures: Any = jax.jit(self._over_seeds(self.trainer.first_failure, 0))
 
@@ -70,7 +75,9 @@ class Programs:
     def compile(self, states: State) -> None:
         """Compiles what is called again and again, before anything is timed."""
         self._steps = self._steps.lower(states, self.train).compile()
-        self._evaluate = self._evaluate.lower(states, self.test, jnp.int32(0)).compile()
+        for name, examples in self.held_out.items():
+            evaluate = self._evaluate[name].lower(states, examples, jnp.int32(0))
+            self._evaluate[name] = evaluate.compile()
         self._norms = self._norms.lower(states, self.train).compile()
         self._first_failures = self._first_failures.lower(states).compile()
 
@@ -107,16 +114,17 @@ class Programs:
         return wnjax.summary(what)
 
     def metrics(self, states: State) -> Metrics:
-        """The mean loss since the last evaluation, and the measures of the test set."""
-        count = len(next(iter(self.test.values())))
-        sums: list[Measures] = []
-        for number in range(-(-count // self.config.batch_size)):
-            sums.append(self._evaluate(states, self.test, jnp.int32(number)))
-            if self._one_call_at_a_time:
-                jax.block_until_ready(sums[-1])
-        test = {f"test_{name}": sum(one[name] for one in sums) / count for name in sums[0]}
-        loss = states.loss / self.config.steps_per_eval
-        metrics: Metrics = fetch({"loss": loss, **test})
+        """The mean loss since the last evaluation, and the measures of the held-out examples."""
+        means: dict[str, jax.Array] = {"loss": states.loss / self.config.steps_per_eval}
+        for split, examples in self.held_out.items():
+            count = len(next(iter(examples.values())))
+            sums: list[Measures] = []
+            for number in range(-(-count // self.config.batch_size)):
+                sums.append(self._evaluate[split](states, examples, jnp.int32(number)))
+                if self._one_call_at_a_time:
+                    jax.block_until_ready(sums[-1])
+            means |= {f"{split}_{name}": sum(one[name] for one in sums) / count for name in sums[0]}
+        metrics: Metrics = fetch(means)
         return metrics
 
     def norms(self, states: State) -> Norms:

@@ -13,6 +13,7 @@ import importlib.util
 import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,9 +28,9 @@ usage: python -m experiments.sweep --config=FILE[:VARIANT] [--config.FIELD=VALUE
            [--workdir=DIR] [--run]
 
 {__doc__}
-VARIANT leaves that variant's runs. FIELD=VALUE holds for all runs, in place of what the sweep
-says of the field. Results go to DIR/<variant>-<field>=<value>-..., DIR being runs/<name of the
-file>."""
+VARIANT leaves that variant's runs; it may be a pattern, such as '*_short'. FIELD=VALUE holds for
+all runs, in place of what the sweep says of the field. Results go to
+DIR/<variant>-<field>=<value>-..., DIR being runs/<name of the file>."""
 
 
 class Entry(NamedTuple):
@@ -101,7 +102,7 @@ def _sweep(name: str, only: str) -> Iterable[Mapping[str, Any]]:
     spec.loader.exec_module(module)
     if not hasattr(module, "sweep"):
         raise ConfigError(f"{name} has no sweep: add `def sweep()`, which yields dicts of fields")
-    chosen = [one for one in module.sweep() if not only or one.get("variant") == only]
+    chosen = [one for one in module.sweep() if fnmatchcase(one.get("variant", ""), only or "*")]
     if not chosen:
         raise ConfigError(f"the sweep of {name} has no run of the variant {only!r}")
     return chosen

@@ -92,7 +92,7 @@ def prepare(run: Run) -> Data | None:
         about = records.flat(records.about_run(config))
     about.pop("device.machine")  # hosts of accelerators may differ
     cluster.check_same(about)
-    for split in data:
+    for split in filter(None, data):
         cluster.check_same(split)
     with cluster.together():
         if cluster.is_first():
@@ -118,14 +118,17 @@ def load(config: Config) -> Data:
             raise ConfigError(f"{name} must be at most {there}, got {number}")
         return {key: x[: number or None] for key, x in examples.items()}
 
-    cut_data = Data(cut(data.train, "train_examples"), cut(data.test, "test_examples"))
-    count = len(next(iter(cut_data.train.values())))
+    train, validation = cut(data.train, "train_examples"), None
+    if held_out := config.validation_examples:
+        validation = {key: x[-held_out:] for key, x in train.items()}
+        train = {key: x[:-held_out] for key, x in train.items()}
+    count = len(next(iter(train.values())))
     for name in ("batch_size", "init_examples"):
         if (size := getattr(config, name)) > count:
             raise ConfigError(
                 f"{name} must be at most {count}, the number of training examples, got {size}"
             )
-    return cut_data
+    return Data(train, cut(data.test, "test_examples"), validation)
 
 
 def begin(programs: Programs, checkpoints: Checkpoints, workdir: Path) -> tuple[State, float]:

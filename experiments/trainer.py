@@ -26,7 +26,9 @@ class State(NamedTuple):
     step: jax.Array  # () int32: steps taken
     order: jax.Array  # data of the key of the order of examples
     noise: jax.Array  # data of the key of all that is drawn in training
+    length: jax.Array  # () int32: steps of the whole run
     params: Any  # with nodes where weight norm is on and not in the optimizer
+    scale: Any  # constant factors of the weights, like the parameters; None without
     statistics: Any  # of batch norm; empty without
     optimizer: optax.OptState
     average: Any  # of the parameters; None without
@@ -56,6 +58,7 @@ class Trainer:
         if config.weight_norm and not config.in_optimizer:
             axes = self.axes(params, variables, few)
             params = _scale_v(wnjax.weight_norm(params, axes), config.v_std)
+        drawn, scale = params, None
         if config.init_examples:
             shape, n = (config.init_examples,), len(next(iter(train.values())))
             rows = jax.random.choice(batch_key, n, shape, replace=False)
@@ -65,13 +68,17 @@ class Trainer:
                 train=True,
                 std=task.init_std or 1.0,
             )
+        if config.fixed_scale:
+            params, scale = _split_scale(drawn, params, self.axes(params, variables, few))
         return State(
             step=jnp.int32(0),
             order=jax.random.key_data(order_key),
             noise=jax.random.key_data(training_key),
+            length=jnp.int32(config.steps),
             params=params,
+            scale=scale,
             statistics=variables,
-            optimizer=self.optimizer(params, variables, few).init(params),
+            optimizer=self.optimizer(params, variables, few, config.steps).init(params),
             average=self.average.init(params) if self.average else None,
             loss=jnp.float32(0),
             failed=jnp.int32(-1),
@@ -81,9 +88,11 @@ class Trainer:
         """Which axes of which weights are those of neurons, by a trace of the network."""
         return wnjax.neurons(self.forward, params, statistics, few, jax.random.key(0), train=True)
 
-    def optimizer(self, params: Any, statistics: Any, few: Batch) -> optax.GradientTransformation:
-        """What updates the parameters."""
-        optimizer = self.config.optimizer.make(self.config.steps)
+    def optimizer(
+        self, params: Any, statistics: Any, few: Batch, length: int | jax.Array
+    ) -> optax.GradientTransformation:
+        """What updates the parameters, in a run of `length` steps."""
+        optimizer = self.config.optimizer.make(self.config.steps, length)
         if not self.config.in_optimizer:
             return optimizer
         return wnjax.weight_normalized(optimizer, self.axes(params, statistics, few))
@@ -110,12 +119,13 @@ class Trainer:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.noise), state.step)
 
         def loss(params: Any) -> tuple[jax.Array, Any]:
+            params = _scaled(params, state.scale)
             measures, statistics = self.measure(params, state.statistics, batch, key, train=True)
             return measures["loss"].mean(), statistics
 
         (value, statistics), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
         few = jax.tree.map(lambda x: x[:2], batch)
-        optimizer = self.optimizer(state.params, state.statistics, few)
+        optimizer = self.optimizer(state.params, state.statistics, few, state.length)
         updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
         return value, statistics, updates, optimizer_state
 
@@ -168,10 +178,11 @@ class Trainer:
 
     def weights(self, state: State) -> Any:
         """The parameters that are evaluated: the moving average, where there is one."""
-        if self.average is None or state.average is None:
-            return state.params
-        correction = 1 - self.config.ema_decay ** state.step.astype(jnp.float32)
-        return jax.tree.map(lambda x: x / correction, state.average.ema)
+        params = state.params
+        if self.average is not None and state.average is not None:
+            correction = 1 - self.config.ema_decay ** state.step.astype(jnp.float32)
+            params = jax.tree.map(lambda x: x / correction, state.average.ema)
+        return _scaled(params, state.scale)
 
     def evaluate(self, state: State, test: Dataset, number: jax.Array) -> Measures:
         """The sums of all measures of one network over batch `number` of the test set."""
@@ -219,6 +230,24 @@ def _scale_v(params: Any, std: float) -> Any:
         return wnjax.WeightNorm(g=x.g, v=x.v * (std / root_mean_square))
 
     return jax.tree.map(scale, params, is_leaf=lambda x: isinstance(x, wnjax.WeightNorm))
+
+
+def _split_scale(drawn: Any, params: Any, axes: Any) -> tuple[Any, Any]:
+    """Parameters with the weights of `drawn`, and the factors that make them those of `params`."""
+    decisions, treedef = jax.tree.flatten(axes, is_leaf=lambda x: isinstance(x, _DECISIONS))
+    is_weight = treedef.unflatten(isinstance(x, wnjax.Neuron) for x in decisions)
+    lengths, before = (wnjax.weight_norm(tree, axes) for tree in (params, drawn))
+
+    def scale(is_weight: bool, length: Any, before: Any) -> jax.Array:
+        return length.g / before.g if is_weight else jnp.float32(1)
+
+    scales = jax.tree.map(scale, is_weight, lengths, before)
+    return jax.tree.map(lambda yes, a, b: a if yes else b, is_weight, drawn, params), scales
+
+
+def _scaled(params: Any, scale: Any) -> Any:
+    """The weights that a network computes with, of parameters that constants may multiply."""
+    return params if scale is None else jax.tree.map(lambda x, s: x * s, params, scale)
 
 
 def _lengths(tree: Any, axes: Any) -> dict[str, jax.Array]:

@@ -8,10 +8,14 @@ Examples = dict[str, np.ndarray]  # by name, such as "images" and "labels"
 
 
 class Data(NamedTuple):
-    """What a network is trained on, and what it is tested on."""
+    """What a network is trained on, what it is tested on, and what hyperparameters are chosen by.
+
+    There need not be any examples for validation.
+    """
 
     train: Examples
     test: Examples
+    validation: Examples | None = None
 
 
 class DataError(Exception):

@@ -6,9 +6,10 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-from jax.nn.initializers import Initializer
 
 from experiments.networks.layers import ActivationNorm, Wrapper, normalize_activations, unwrapped
+
+PAPER_WIDTHS = 96, 192, 192  # of ConvPool-CNN-C
 
 
 class ConvNet(nn.Module):
@@ -68,29 +69,34 @@ class MLP(nn.Module):
 class ConvPoolCNN(nn.Module):
     """ConvPool-CNN-C: convolutions with leaky ReLU, max pooling and dropout, for 32x32 images.
 
-    As in `ConvNet`, convolutions have no bias where something with a bias follows: its gradient
-    would be rounding alone, of which Adam makes steps as large as any.
+    Every layer is normalized alike, the dense one that gives the logits too. As in `ConvNet`,
+    layers have no bias where something with a bias follows: its gradient would be rounding alone,
+    of which Adam makes steps as large as any.
 
-    Source: Salimans & Kingma 2016, https://arxiv.org/abs/1602.07868, section 5.1.
+    Source: Salimans & Kingma 2016, https://arxiv.org/abs/1602.07868, section 5.1, and their code,
+    https://github.com/TimSalimans/weight_norm.
 
     Attributes:
       widths: the output channels of the convolutions in each of the three parts.
       classes: the number of outputs.
       dropout: the share of values dropped after each pooling, in training.
       noise: the standard deviation of the noise added to the images, in training.
+      weight_std: the standard deviation of the weights at the start, at the widths of the paper.
+        Layers of fewer inputs start with larger weights, in inverse proportion to the square root
+        of the fan-in, so that narrow networks compute with numbers of the same size. 0 for the
+        uniform distribution of Glorot & Bengio 2010.
       normalize: what wraps every convolution and the dense layer.
-      norm: what normalizes the outputs of the convolutions, before leaky ReLU.
-      kernel_init: of the convolutions and of the dense layer.
+      norm: what normalizes the outputs of all layers, before leaky ReLU.
       dtype: of the computation.
     """
 
-    widths: tuple[int, int, int] = (96, 192, 192)
+    widths: tuple[int, int, int] = PAPER_WIDTHS
     classes: int = 10
     dropout: float = 0.5
     noise: float = 0.15
+    weight_std: float = 0.05
     normalize: Wrapper = unwrapped
     norm: ActivationNorm = ActivationNorm.NONE
-    kernel_init: Initializer = nn.initializers.lecun_normal()
     dtype: Any = None
 
     @nn.compact
@@ -99,27 +105,26 @@ class ConvPoolCNN(nn.Module):
         x = images
         if train and self.noise:
             x = x + self.noise * jax.random.normal(self.make_rng("noise"), x.shape, x.dtype)
-        first, second, third = self.widths
-        for width in (first, second):
-            for _ in range(3):
-                x = self._convolve(x, width, (3, 3), "SAME", train)
-            x = nn.max_pool(x, (2, 2), strides=(2, 2))
-            x = nn.Dropout(self.dropout)(x, deterministic=not train)
-        x = self._convolve(x, third, (3, 3), "VALID", train)
-        for _ in range(2):
-            x = self._convolve(x, third, (1, 1), "SAME", train)
-        dense = nn.Dense(self.classes, kernel_init=self.kernel_init, dtype=self.dtype)
-        return self.normalize(dense)(x.mean(axis=(1, 2)))
+        for part, width in enumerate(self.widths):
+            is_last = part == len(self.widths) - 1
+            for layer in range(3):
+                window = (1, 1) if is_last and layer else (3, 3)
+                padding = "VALID" if is_last and not layer else "SAME"
+                options = {"padding": padding, **self._options(x, part, layer)}
+                conv = self.normalize(nn.Conv(width, window, **options))
+                x = nn.leaky_relu(normalize_activations(conv(x), self.norm, train, self.dtype), 0.1)
+            if not is_last:
+                x = nn.max_pool(x, (2, 2), strides=(2, 2))
+                x = nn.Dropout(self.dropout)(x, deterministic=not train)
+        x = x.mean(axis=(1, 2))
+        dense = self.normalize(nn.Dense(self.classes, **self._options(x, len(self.widths), 0)))
+        return normalize_activations(dense(x), self.norm, train, self.dtype)
 
-    def _convolve(
-        self, x: jax.Array, width: int, window: tuple[int, int], padding: str, train: bool
-    ) -> jax.Array:
-        conv = nn.Conv(
-            *(width, window),
-            padding=padding,
-            use_bias=self.norm is ActivationNorm.NONE,
-            kernel_init=self.kernel_init,
-            dtype=self.dtype,
-        )
-        x = normalize_activations(self.normalize(conv)(x), self.norm, train, self.dtype)
-        return nn.leaky_relu(x, 0.1)
+    def _options(self, x: jax.Array, part: int, layer: int) -> dict[str, Any]:
+        """What the convolutions and the dense layer have in common, for the input x of a layer."""
+        kernel_init = nn.initializers.glorot_uniform()
+        if self.weight_std:
+            papers = (x.shape[-1], *PAPER_WIDTHS)[part] if not layer else PAPER_WIDTHS[part]
+            kernel_init = nn.initializers.normal(self.weight_std * (papers / x.shape[-1]) ** 0.5)
+        has_bias = self.norm is ActivationNorm.NONE
+        return {"use_bias": has_bias, "kernel_init": kernel_init, "dtype": self.dtype}

@@ -83,6 +83,7 @@ class Glimpse(nn.Module):
       latents: the latent variables of a step.
       read: the filters of the reading grid, on a side.
       write: the filters of the writing grid, on a side.
+      weight_std: the standard deviation of all weights at the start; 0 for Flax's own choices.
       dtype: of the computation.
     """
 
@@ -90,17 +91,21 @@ class Glimpse(nn.Module):
     latents: int
     read: int
     write: int
+    weight_std: float = 0.0
     dtype: Any = None
 
     def setup(self) -> None:
         """Both LSTMs, and dense layers between them and the image."""
+        normal = nn.initializers.normal(self.weight_std)
+        of_dense = {"kernel_init": normal} if self.weight_std else {}
+        of_lstm = {**of_dense, "recurrent_kernel_init": normal} if self.weight_std else {}
 
         def dense(features: int) -> nn.Dense:
-            return nn.Dense(features, dtype=self.dtype)
+            return nn.Dense(features, dtype=self.dtype, **of_dense)
 
         self.reading, self.writing = dense(5), dense(5)
-        self.encoder = nn.OptimizedLSTMCell(self.units, dtype=self.dtype)
-        self.decoder = nn.OptimizedLSTMCell(self.units, dtype=self.dtype)
+        self.encoder = nn.OptimizedLSTMCell(self.units, dtype=self.dtype, **of_lstm)
+        self.decoder = nn.OptimizedLSTMCell(self.units, dtype=self.dtype, **of_lstm)
         self.posterior, self.patch = dense(2 * self.latents), dense(self.write**2)
 
     def __call__(self, carry: Carry, images: jax.Array) -> tuple[Carry, tuple[jax.Array, Any]]:
@@ -146,6 +151,7 @@ class Draw(nn.Module):
       latents: the latent variables of a step.
       read: the filters of the reading grid, on a side.
       write: the filters of the writing grid, on a side.
+      weight_std: the standard deviation of all weights at the start; 0 for Flax's own choices.
       dtype: of the computation.
     """
 
@@ -155,11 +161,13 @@ class Draw(nn.Module):
     latents: int
     read: int
     write: int
+    weight_std: float = 0.0
     dtype: Any = None
 
     def setup(self) -> None:
         """The cell, and what the first glimpse is handed."""
-        self.cell = Glimpse(self.units, self.latents, self.read, self.write, self.dtype)
+        sizes = self.units, self.latents, self.read, self.write
+        self.cell = Glimpse(*sizes, self.weight_std, self.dtype)
 
         def learned(name: str, *shape: int) -> jax.Array:
             start: jax.Array = self.param(name, nn.initializers.zeros, shape)

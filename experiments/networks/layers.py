@@ -8,6 +8,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 import wnjax
 
@@ -29,13 +30,36 @@ def unwrapped(layer: Layer) -> Layer:
     return layer
 
 
+class BatchNorm(nn.BatchNorm):
+    """Flax's batch normalization with the running variance of the authors' code.
+
+    The running variance takes n/(n − 1) times the variance of a batch of n examples:
+
+        running ← momentum · running + (1 − momentum) · n/(n − 1) · variance
+
+    Source: the code of Salimans & Kingma 2016, https://github.com/TimSalimans/weight_norm.
+    """
+
+    def __call__(self, x: jax.Array, **kwargs: Any) -> jax.Array:
+        """The normalized x, of the same shape."""
+        before = self.get_variable("batch_stats", "var")
+        y: jax.Array = super().__call__(x, **kwargs)
+        if before is not None and self.is_mutable_collection("batch_stats") and len(x) > 1:
+            after = self.get_variable("batch_stats", "var")
+            # Flax has added (1 − momentum) · variance; the rest of n/(n − 1) is added here.
+            rest = (after - self.momentum * before) / jnp.float32(len(x) - 1)
+            self.put_variable("batch_stats", "var", after + rest)
+        return y
+
+
 def normalize_activations(
     x: jax.Array, norm: ActivationNorm, train: bool, dtype: Any = None
 ) -> jax.Array:
     """A layer of the network that is being built, which normalizes x."""
     match norm:
         case ActivationNorm.BATCH:
-            x = nn.BatchNorm(use_running_average=not train, momentum=0.9, dtype=dtype)(x)
+            batch = BatchNorm
+            x = batch(use_running_average=not train, momentum=0.9, epsilon=1e-6, dtype=dtype)(x)
         case ActivationNorm.MEAN_ONLY:
             mean_only = wnjax.linen.MeanOnlyBatchNorm
             x = mean_only(use_running_average=not train, momentum=0.9, dtype=dtype)(x)

@@ -73,7 +73,8 @@ class Cifar10(Classification):
       widths: output channels of the convolutions in the three parts of the network.
       dropout: share of values dropped after each pooling, in training.
       noise: standard deviation of the noise added to the images, in training.
-      weight_std: standard deviation of the weights at the start.
+      weight_std: standard deviation of the weights at the start, at the widths of the paper; 0
+        for the uniform distribution of Glorot & Bengio 2010.
     """
 
     whiten: bool = True
@@ -97,7 +98,8 @@ class Cifar10(Classification):
         if not self.whiten:
             return data
         whitening = fit_once(data.train["images"], folder)
-        return Data(*({**split, "images": whitening(split["images"])} for split in data))
+        train, test = ({**split, "images": whitening(split["images"])} for split in data[:2])
+        return Data(train, test)
 
     def inputs(self, batch: Batch) -> jax.Array:
         """The images, whitened or between -1 and 1."""
@@ -117,6 +119,6 @@ class Cifar10(Classification):
             dropout=self.dropout,
             noise=self.noise,
             norm=norm,
-            kernel_init=nn.initializers.normal(self.weight_std),
+            weight_std=self.weight_std,
             dtype=dtype,
         )

@@ -158,6 +158,7 @@ class MnistDraw(OnMnist):
       latents: latent variables of a step.
       read: filters of the reading grid, on a side.
       write: filters of the writing grid, on a side.
+      weight_std: standard deviation of all weights at the start; 0 for the initializers of Flax.
     """
 
     glimpses: int = 64
@@ -165,6 +166,7 @@ class MnistDraw(OnMnist):
     latents: int = 100
     read: int = 2
     write: int = 5
+    weight_std: float = 0.0
 
     def __post_init__(self) -> None:
         """Checks the sizes."""
@@ -172,12 +174,14 @@ class MnistDraw(OnMnist):
         for name in ("read", "write"):
             if getattr(self, name) < 2:
                 raise ValueError(f"task.{name} must be 2 or more, got {getattr(self, name)}")
+        if self.weight_std < 0:
+            raise ValueError(f"task.weight_std must not be negative, got {self.weight_std}")
 
     def network(self, norm: ActivationNorm, dtype: Any) -> nn.Module:
         """DRAW with LSTMs and selective attention."""
         del norm
         sizes = self.glimpses, self.units, self.latents, self.read, self.write
-        return Draw((28, 28, 1), *sizes, dtype)
+        return Draw((28, 28, 1), *sizes, self.weight_std, dtype)
 
     def pictures(self, apply: Apply, batch: Batch) -> dict[str, np.ndarray]:
         """The canvas over the steps, a row an image: drawn from data, and from the prior."""
