@@ -13,7 +13,6 @@ import os
 import platform
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from tabulate import tabulate
 from experiments.logs import log_to_stderr
 from experiments.peers import IMPLEMENTATIONS
 from experiments.problems import NETWORKS, Network
-from experiments.records import PACKAGES
+from experiments.records import version, versions
 from experiments.stopwatch import Cell, measure, ratios
 
 HEADERS = ("", "step time", "quartiles", "ms a step", "compile time", "bytes", "memory", "against")
@@ -80,7 +79,7 @@ def _draw_model(top: Any, bottom: Any, cells: Sequence[Cell]) -> None:
         xs = np.array(measured) + 0.7 * ((i + 0.5) / len(names) - 0.5)
         costs = [ratios(cells[x], name) for x in measured]
         low, median, high = np.transpose([cost.step for cost in costs])
-        style = {"fmt": "os^vDP*X<>"[i % 10], "color": f"C{i % 10}", "label": name}
+        style = {"fmt": "os^vDP*X<>p"[i % 11], "color": f"C{i % 10}", "label": name}
         top.errorbar(xs, median, (median - low, high - median), **style)
         if all(cost.bytes is not None for cost in costs):
             bottom.errorbar(xs, [cost.bytes for cost in costs], **style)
@@ -98,19 +97,10 @@ def machine(networks: Mapping[str, Network]) -> dict[str, Any]:
     return {
         "networks": {name: " ".join(str(one.model).split()) for name, one in networks.items()},
         "implementations": {name: one.about for name, one in IMPLEMENTATIONS.items()},
-        "versions": {name: version(name) for name in (*PACKAGES, *sorted(others))}
-        | {"python": platform.python_version()},
+        "versions": versions() | {name: version(name) for name in sorted(others)},
         "device": f"{device.platform}, {device.device_kind}, {platform.machine()}, "
         f"{os.cpu_count()} CPU cores",
     }
-
-
-def version(package: str) -> str:
-    """The version of a package, also where wnjax is on the path only."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def choose(names: Sequence[str]) -> tuple[list[str], dict[str, str]]:
@@ -153,7 +143,7 @@ def parser(networks: Mapping[str, Network]) -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog="python -m experiments.overhead",
         description=__doc__,
-        epilog="\n".join(f"{name:15}{one.about}" for name, one in IMPLEMENTATIONS.items()),
+        epilog="\n".join(f"{name:22}{one.about}" for name, one in IMPLEMENTATIONS.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     defaults = ", ".join(f"{name} {network.sizes}" for name, network in networks.items())

@@ -11,6 +11,7 @@ import importlib.util
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
+from unittest import mock
 
 import flax.linen as nn
 import jax
@@ -66,16 +67,27 @@ class Implementation(NamedTuple):
         return self.package is None or importlib.util.find_spec(self.package) is not None
 
 
-def _training(problem: Problem, apply: Any, params: Any, statistics: Any) -> Training:
-    """Adam on `apply(params, statistics, inputs) -> (logits, statistics)`."""
-    optimizer = optax.adam(LEARNING_RATE)
+def _adam() -> optax.GradientTransformation:
+    return optax.adam(LEARNING_RATE)
+
+
+def _training(
+    problem: Problem,
+    apply: Any,
+    params: Any,
+    statistics: Any,
+    optimizer: optax.GradientTransformation | None = None,
+) -> Training:
+    """Training of `apply(params, statistics, inputs) -> (logits, statistics)`, by Adam if None."""
+    optimizer = optimizer or _adam()
 
     def step(state: Any, inputs: jax.Array, labels: jax.Array) -> tuple[Any, jax.Array]:
         params, statistics, moments = state
 
         def loss(params: Any) -> tuple[jax.Array, Any]:
             logits, new = apply(params, statistics, inputs)
-            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), new
+            wide = logits.astype(jnp.float32)  # sums of exponentials need its precision
+            return optax.softmax_cross_entropy_with_integer_labels(wide, labels).mean(), new
 
         (value, statistics), grads = jax.value_and_grad(loss, has_aux=True)(params)
         updates, moments = optimizer.update(grads, moments, params)
@@ -85,8 +97,14 @@ def _training(problem: Problem, apply: Any, params: Any, statistics: Any) -> Tra
     return Training(step, state, problem.inputs, problem.labels)
 
 
-def _pure(problem: Problem, apply: Apply, params: Any) -> Training:
-    return _training(problem, lambda params, _, x: (apply(params, x), {}), params, {})
+def _pure(
+    problem: Problem,
+    apply: Apply,
+    params: Any,
+    optimizer: optax.GradientTransformation | None = None,
+) -> Training:
+    """Training of a function without statistics."""
+    return _training(problem, lambda params, _, x: (apply(params, x), {}), params, {}, optimizer)
 
 
 def _network(problem: Problem) -> Apply:
@@ -115,9 +133,12 @@ def _linen(problem: Problem, **fields: Any) -> Training:
     return _training(problem, apply, params, statistics)
 
 
+def _axes(problem: Problem) -> Any:
+    return wnjax.neurons(_network(problem), problem.params, problem.inputs)
+
+
 def _nodes(problem: Problem) -> Any:
-    axes = wnjax.neurons(_network(problem), problem.params, problem.inputs)
-    return wnjax.weight_norm(problem.params, axes=axes)
+    return wnjax.weight_norm(problem.params, axes=_axes(problem))
 
 
 def _fold(problem: Problem) -> Training:
@@ -127,6 +148,28 @@ def _fold(problem: Problem) -> Training:
 
 def _wrap(problem: Problem) -> Training:
     return _pure(problem, wnjax.wrap(_network(problem)), _nodes(problem))
+
+
+def _wrap_unordered(problem: Problem) -> Training:
+    """`wrap` without the order that it gives XLA, which is no option of wnjax.
+
+    Where a process sees several devices, `wrap` gives no order, and this is `wrap` itself.
+    """
+    training = _wrap(problem)
+
+    def step(*arguments: Any) -> Any:
+        # The step runs in Python only while it is traced, which is when `wrap` calls `after`.
+        with mock.patch("wnjax._evaluate.after", lambda x, scale: (x, scale)):
+            return training.step(*arguments)
+
+    return training._replace(step=step)
+
+
+def _optimizer(problem: Problem) -> Training:
+    optimizer = wnjax.weight_normalized(_adam(), _axes(problem))
+    # Compiled at once: one operation after the other, it would be two programs for every shape.
+    optimizer = optimizer._replace(init=jax.jit(optimizer.init))
+    return _pure(problem, _network(problem), problem.params, optimizer)
 
 
 def _naive(problem: Problem) -> Training:
@@ -212,6 +255,13 @@ IMPLEMENTATIONS = {
     "plain": Implementation("the Linen network, without normalization", _plain),
     "wnjax-fold": Implementation("wnjax on the weights: loss(fold(params))", _fold),
     "wnjax-wrap": Implementation("wnjax.wrap of the network's function", _wrap),
+    "wnjax-wrap-unordered": Implementation(
+        "wnjax.wrap where XLA is not told which gradient comes first; on one device only",
+        _wrap_unordered,
+    ),
+    "wnjax-optimizer": Implementation(
+        "Adam in wnjax.weight_normalized, for the plain network and plain parameters", _optimizer
+    ),
     "naive": Implementation("wnjax's nodes, with g * v / norm(v) from left to right", _naive),
     "linen": Implementation(
         "flax.linen.WeightNorm around every layer; norms become 1, heads share a norm",

@@ -1,7 +1,8 @@
 """Run directories: what was run, on what, and its metrics; and how metrics are written out.
 
 run.json        the resolved config and what of it the command line set, package versions, Python,
-                device, the commit of the source, and on how many devices which steps were taken
+                device, the commit of the source, on how many devices which steps were taken, and
+                the length of the run in steps
 metrics.jsonl   one JSON object a line, for every evaluation: step, epoch, seconds,
                 seconds_per_step, a list over the seeds for every metric, and for every weight
                 its norms
@@ -94,7 +95,7 @@ def about_run(config: Config) -> dict[str, Any]:
     device = jax.devices()[0]
     about: dict[str, Any] = {
         "config": {**dataclasses.asdict(config), "task_name": type(config.task).__name__},
-        "versions": {name: metadata.version(name) for name in PACKAGES},
+        "versions": versions(),
         "device": {
             "platform": device.platform,
             "kind": device.device_kind,
@@ -103,9 +104,21 @@ def about_run(config: Config) -> dict[str, Any]:
         "data": config.task.provenance(Path(config.data_dir).expanduser()),
         "metric": config.task.metric,
     }
-    about["versions"]["python"] = platform.python_version()
     plain: dict[str, Any] = json.loads(json.dumps(about, default=_enum_value))
     return plain
+
+
+def versions() -> dict[str, str]:
+    """Those of the packages, and of Python."""
+    return {name: version(name) for name in PACKAGES} | {"python": platform.python_version()}
+
+
+def version(package: str) -> str:
+    """The version of a package; "not installed" also for wnjax in a checkout on the path."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def commit() -> str:
@@ -183,6 +196,11 @@ def go_on(workdir: Path, step: int, mesh: Mapping[str, int]) -> float:
     part.write_text("".join(json.dumps(values) + "\n" for values in kept))
     part.replace(file)  # whole, or as it was
     return float(kept[-1]["seconds"]) if kept else 0.0
+
+
+def note_length(workdir: Path, length: int) -> None:
+    """Notes how many steps the run takes in all; fewer than its config says if time is short."""
+    _write_about(workdir, {**read_about(workdir), "length": length})
 
 
 def is_finished(run: Run) -> bool:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -101,6 +103,42 @@ def compile_all(
     return best
 
 
+def compile_side_by_side(
+    implementations: Mapping[str, Implementation], problem: Problem
+) -> tuple[dict[str, Compiled], dict[str, str]]:
+    """Everything, compiled once: tracing takes turns, while XLA compiles in threads.
+
+    Where compiling takes minutes this saves most of them, but `compile_seconds` then depend on
+    what else is compiled at the same time.
+
+    Returns:
+      What could be compiled, and the errors of the others.
+    """
+    futures: dict[str, Future[Compiled]] = {}
+    errors: dict[str, str] = {}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for name, implementation in implementations.items():
+            try:
+                built = implementation.build(problem)
+                if isinstance(built, Eager):
+                    raise TypeError("nothing is compiled")
+                futures[name] = pool.submit(_compile_lowered, _lower(built))
+            except Exception as error:
+                errors[name] = first_line(error)
+    compiled: dict[str, Compiled] = {}
+    for name, future in futures.items():
+        try:
+            compiled[name] = future.result()
+        except Exception as error:
+            errors[name] = first_line(error)
+    return compiled, errors
+
+
+def first_line(error: Exception) -> str:
+    """What went wrong, on one line. The error itself would keep arrays alive by its traceback."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
 def _run_eagerly(eager: Eager) -> Compiled:
     def program(steps: int) -> float:
         return [eager.step() for _ in range(steps)][-1]
@@ -108,14 +146,33 @@ def _run_eagerly(eager: Eager) -> Compiled:
     return Compiled(program)
 
 
+class _Lowered(NamedTuple):
+    """A traced training step."""
+
+    step: Any
+    state: Any
+    batch: tuple[jax.Array, jax.Array]
+    seconds: float  # of tracing
+
+
 def _compile(training: Training) -> Compiled:
+    return _compile_lowered(_lower(training))
+
+
+def _lower(training: Training) -> _Lowered:
     batch = training.inputs, training.labels
     # A copy, since it is used up, and problems share their parameters.
     state = jax.tree.map(jnp.copy, training.state)
     begin = time.perf_counter()
-    step = jax.jit(training.step, donate_argnums=0)
-    compiled = step.lower(state, *batch).compile()
-    seconds = time.perf_counter() - begin
+    step = jax.jit(training.step, donate_argnums=0).lower(state, *batch)
+    return _Lowered(step, state, batch, time.perf_counter() - begin)
+
+
+def _compile_lowered(lowered: _Lowered) -> Compiled:
+    state, batch = lowered.state, lowered.batch
+    begin = time.perf_counter()
+    compiled = lowered.step.compile()
+    seconds = lowered.seconds + time.perf_counter() - begin
 
     def program(steps: int) -> float:
         nonlocal state

@@ -2,8 +2,10 @@
 
 import json
 
+import chex
 import jax
 import numpy as np
+import optax
 import pytest
 from PIL import Image
 
@@ -84,12 +86,41 @@ def test_weight_norms_take_the_same_step(problems):
         return params
 
     expected = params_after("wnjax-fold")
-    for name in ("wnjax-wrap", "naive"):
+    for name in ("wnjax-wrap", "wnjax-wrap-unordered", "naive"):
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, atol=2.1 * peers.LEARNING_RATE),
             params_after(name),
             expected,
         )
+
+
+@pytest.mark.parametrize("model", TINY)
+def test_the_optimizer_takes_the_step_of_the_nodes(model, problems, monkeypatch):
+    """By gradient descent, whose steps are as exact as the gradients."""
+    monkeypatch.setattr(peers.optax, "adam", optax.sgd)
+    monkeypatch.setattr(peers, "LEARNING_RATE", 0.1)
+
+    def params_after(name):
+        training = build(name, problems[model])
+        return jax.jit(training.step)(*training[1:])[0][0]
+
+    weights, start = wnjax.fold(params_after("wnjax-fold")), problems[model].params
+    chex.assert_trees_all_close(params_after("wnjax-optimizer"), weights, rtol=1e-5, atol=1e-5)
+    moves = jax.tree.map(lambda new, old: abs(new - old).max(), weights, start)
+    assert max(jax.tree.leaves(moves)) > 1e-2
+
+
+def test_only_wrap_itself_orders_gradients(problems, monkeypatch):
+    """On one device, that is; `wrap` does so by adding a number to the first of many zeros."""
+    for module in ("_evaluate", "_wrap"):
+        monkeypatch.setattr(f"wnjax.{module}.is_alone", lambda: True)
+
+    def is_ordered(name):
+        training = build(name, problems["mlp"])
+        return " pad[" in str(jax.make_jaxpr(training.step)(*training[1:]))
+
+    assert is_ordered("wnjax-wrap")
+    assert not is_ordered("wnjax-wrap-unordered")
 
 
 @pytest.mark.parametrize("model", TINY)
