@@ -7,7 +7,7 @@ DEMO := plain weight_norm weight_norm_init batch_norm mean_only
 PIP_FLAGS := --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo docs test test-newest lint types check format constraints clean
+.PHONY: help demo docs test test-isa test-newest lint types check format constraints clean
 
 help: ## what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -41,6 +41,12 @@ check: .venv/ready ## doctests and tests only
 test-newest: .venv-newest/ready ## doctests and tests on the newest Python found, with the newest JAX
 	$(NEWEST)/python -c "import jax, flax, sys; print('Python', sys.version.split()[0], 'jax', jax.__version__, 'flax', flax.__version__)"
 	$(NEWEST)/pytest -n 2 --dist worksteal
+
+# XLA cannot build some kernels of float16 for SSE4.2 (jax 0.10.2): "Failed to materialize symbols".
+test-isa: .venv/ready ## doctests and tests, compiled as on processors with SSE4.2, AVX2 and AVX-512
+	XLA_FLAGS=--xla_cpu_max_isa=SSE4_2 $(BIN)/pytest -n 2 --dist worksteal -k "not float16 or bfloat16"
+	XLA_FLAGS=--xla_cpu_max_isa=AVX2 $(BIN)/pytest -n 2 --dist worksteal
+	XLA_FLAGS=--xla_cpu_max_isa=AVX512 $(BIN)/pytest -n 2 --dist worksteal
 
 format: .venv/ready ## let ruff mend what it can
 	$(BIN)/ruff check --fix .

@@ -113,8 +113,8 @@ def _stretched(
     """A schedule made for `steps`, run in `length` of them."""
 
     def stretched(count: Any) -> jax.Array:
-        step = jnp.asarray(count, jnp.float32)
-        return schedule(step if length is None else step * (steps / jnp.float32(length)))
+        step = jnp.asarray(count, float)  # float64 where that is on
+        return schedule(step if length is None else step * (steps / jnp.asarray(length, float)))
 
     return stretched
 
@@ -213,7 +213,7 @@ class Config:
         with them. 0 for any.
       steps_per_eval: steps between evaluations, each of which leaves a line in the record; a
         multiple of steps_per_call.
-      steps_per_call: steps in one call of the compiled program.
+      steps_per_call: steps in one call of the compiled program; 0 for all between evaluations.
       unroll: write the steps of a call out instead of looping over them. Compiling takes
         longer, but XLA's convolutions on a CPU are several times slower inside a loop.
       evals_per_save: evaluations between checkpoints.
@@ -266,10 +266,9 @@ class Config:
         _check_types(self)
         self._check_ranges()
         for many, few in (("steps", "steps_per_eval"), ("steps_per_eval", "steps_per_call")):
-            if getattr(self, many) % getattr(self, few):
+            if (size := getattr(self, few)) and getattr(self, many) % size:
                 raise ValueError(
-                    f"{many} must be a multiple of {few}, got {getattr(self, many)} and "
-                    f"{getattr(self, few)}"
+                    f"{many} must be a multiple of {few}, got {getattr(self, many)} and {size}"
                 )
         if self.in_optimizer and (not self.weight_norm or self.v_std):
             raise ValueError("in_optimizer needs weight_norm, and v_std=0: v begins as the weight")
@@ -289,12 +288,18 @@ class Config:
         if not 0 <= first <= last <= self.steps:
             raise ValueError(f"profile must be two steps in order, got {self.profile}")
 
+    @property
+    def call_steps(self) -> int:
+        """The steps in one call of the compiled program."""
+        return self.steps_per_call or self.steps_per_eval
+
     def _check_ranges(self) -> None:
-        positive = "batch_size", "steps", "steps_per_eval", "steps_per_call", "evals_per_save"
+        positive = "batch_size", "steps", "steps_per_eval", "evals_per_save"
         for name in (*positive, "seeds"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        for name in ("init_examples", "train_examples", "validation_examples", "test_examples"):
+        examples = "init_examples", "train_examples", "validation_examples", "test_examples"
+        for name in (*examples, "steps_per_call"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if not 0 <= self.v_std < math.inf:

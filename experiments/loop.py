@@ -29,6 +29,7 @@ class Loop:
 
     Attributes:
       step: the steps taken.
+      length: the steps of the whole run.
     """
 
     def __init__(
@@ -42,25 +43,25 @@ class Loop:
         """Takes what a run uses."""
         self.config, self.programs = programs.config, programs
         self.checkpoints, self.board, self.interrupts = checkpoints, board, interrupts
-        self.workdir, self.step = workdir, 0
+        self.workdir, self.step, self.length = workdir, 0, programs.config.steps
         self._norms: Norms = {}  # at the last evaluation
         self._profiling = False
 
     def run(self, states: State, seconds: float) -> State:
         """The last states, from states that so many seconds were spent on."""
         config, queued = self.config, None
-        self.step = int(fetch(states.step)[0])
+        self.step, self.length = (int(fetch(x)[0]) for x in (states.step, states.length))
         self._evaluated = time.perf_counter(), self.step  # when and at which step
         self._start = self._evaluated[0] - seconds
         is_hidden = None if is_first() else True  # None: where there is no terminal
-        self._bar = tqdm(total=config.steps, initial=self.step, unit="step", disable=is_hidden)
-        while self.step < config.steps and not self.interrupts.stops_at(self.step):
+        self._bar = tqdm(total=self.length, initial=self.step, unit="step", disable=is_hidden)
+        while self.step < self.length and not self.interrupts.stops_at(self.step):
             self._profile()
             with jax.profiler.StepTraceAnnotation("train", step_num=self.step):
                 states, ends = self.programs.steps(states)
             jax.block_until_ready(queued)  # so that one call waits while another one runs
-            queued, self.step = ends, self.step + config.steps_per_call
-            self._bar.update(config.steps_per_call)
+            queued, self.step = ends, self.step + config.call_steps
+            self._bar.update(config.call_steps)
             if self.step % config.steps_per_eval == 0:
                 self._evaluate(states)
             if self.step % (config.steps_per_eval * config.evals_per_save) == 0:
@@ -89,7 +90,7 @@ class Loop:
         self.board.write(self.step, metrics, norms)
         self._norms, self._evaluated = norms, (time.perf_counter(), self.step)
         if self._bar.disable:
-            log.info("step %d of %d: %s", self.step, self.config.steps, describe(metrics))
+            log.info("step %d of %d: %s", self.step, self.length, describe(metrics))
         else:
             self._bar.set_postfix_str(describe(metrics))
 
@@ -114,7 +115,7 @@ class Loop:
     def _profile(self, *, is_over: bool = False) -> None:
         """Begins and ends the profile, before a step and after the last one."""
         first, last = self.config.profile
-        begins, ends = self.step, self.step + self.config.steps_per_call
+        begins, ends = self.step, self.step + self.config.call_steps
         is_within = not is_over and begins < last and first < ends
         if is_within and not self._profiling:
             jax.profiler.start_trace(str(self.workdir / "profile"))

@@ -82,7 +82,7 @@ class Programs:
         self._first_failures = self._first_failures.lower(states).compile()
 
     def steps(self, states: State) -> tuple[State, jax.Array]:
-        """`steps_per_call` steps. The states are used up; the second result tells when they end."""
+        """The steps of one call. The states are used up; the second result tells when they end."""
         after: tuple[State, jax.Array] = self._steps(states, self.train)
         if self._one_call_at_a_time:
             jax.block_until_ready(after)
@@ -123,7 +123,10 @@ class Programs:
                 sums.append(self._evaluate[split](states, examples, jnp.int32(number)))
                 if self._one_call_at_a_time:
                     jax.block_until_ready(sums[-1])
-            means |= {f"{split}_{name}": sum(one[name] for one in sums) / count for name in sums[0]}
+            for name in sums[0]:
+                means[f"{split}_{name}"] = (
+                    sum((one[name] for one in sums[1:]), sums[0][name]) / count
+                )
         metrics: Metrics = fetch(means)
         return metrics
 

@@ -1,6 +1,7 @@
 """Compares runs in a table and in pictures: python -m experiments.report RUN... [--out=DIR].
 
-DIR gets
+A RUN is the directory of a run, or a file of results of `experiments.accelerator`, of which
+measurements other than training are printed as they are. DIR gets
   table.md             the table that is printed
   results.json         for every run: command, commit, versions, device, config, and its curve
   curves.png           the metric over epochs and over wall time
@@ -24,6 +25,7 @@ from matplotlib.ticker import LogFormatter
 from tabulate import tabulate
 
 from experiments import records
+from experiments.items import cost, numerics, resume
 from experiments.logs import log, log_to_stderr
 
 
@@ -41,12 +43,14 @@ UNITS = {
     "bits_per_dim": Unit("- lower bound, test (bits/dim)", 1, 3),
     "bits_per_byte": Unit("test cross entropy (bits/byte)", 1, 3),
 }
+TABLES = {"cost": cost.table, "numerics": numerics.table, "resume": resume.table}
 OF_MACHINE = ("--workdir=", "--config.data_dir=")  # not kept
 FOOTNOTE = """\
 Last and best: mean ± standard deviation over n seeds. Epochs to plain's last: until the mean was
 first as good as that of the plain run (the best of several) was at its end. ms a step: all
 seeds together; median and quartiles. The runs were timed one after the other: on a busy machine,
-differences of a fifth are noise."""
+differences of a fifth are noise. Chosen: of runs that differ in the learning rate alone, the one
+with the best mean on the examples for validation."""
 
 
 class History(NamedTuple):
@@ -60,6 +64,7 @@ class History(NamedTuple):
     seconds_per_step: np.ndarray
     values: np.ndarray  # of the metric, in its unit
     norms: list[dict[str, dict[str, list[float]]]]  # by weight and name, over the seeds
+    validation: np.ndarray | None = None  # of the metric on examples that choose learning rates
 
     @property
     def unit(self) -> Unit:
@@ -74,7 +79,7 @@ class History(NamedTuple):
     @property
     def title(self) -> str:
         """The name, with a mark if the run did not get to its end."""
-        last, steps = self.step[-1], self.about["config"]["steps"]
+        last, steps = self.step[-1], self.about.get("length", self.about["config"]["steps"])
         return self.name if last == steps else f"{self.name} (step {last} of {steps})"
 
 
@@ -84,11 +89,44 @@ def read(workdir: Path, name: str) -> History:
     Raises:
       RecordError: if it holds no run, or no metrics yet.
     """
-    about, lines = records.read_about(workdir), records.read_metrics(workdir)
+    return history(records.read_about(workdir), records.read_metrics(workdir), name)
+
+
+def read_accelerator(file: Path) -> tuple[list[History], list[str]]:
+    """What a file of `experiments.accelerator` holds: histories, and tables of all else.
+
+    Raises:
+      RecordError: if it cannot be read.
+    """
+    try:
+        found = json.loads(file.read_text())
+        histories, texts = [], []
+        for one in found:
+            module, result = one["module"].rpartition(".")[2], one["result"]
+            if module == "training":
+                runs = result["runs"].items()
+                histories += [
+                    history(run["about"], run["metrics"], f"{one['item']}/{name}")
+                    for name, run in runs
+                ]
+            else:
+                texts.append(f"{one['item']} ({one['device']['kind']})\n{TABLES[module](result)}")
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise records.RecordError(
+            f"{file} holds no results of experiments.accelerator: {error!r}"
+        ) from error
+    return histories, texts
+
+
+def history(about: dict[str, Any], lines: list[dict[str, Any]], name: str) -> History:
+    """The history of a run from its record and the lines of its metrics."""
 
     def column(key: str) -> np.ndarray:
         return np.array([line[key] for line in lines])
 
+    metric = about["metric"]
+    held_out = f"validation_{metric}" in lines[0]
+    validation = UNITS[metric].factor * column(f"validation_{metric}") if held_out else None
     return History(
         name=name,
         about=about,
@@ -98,6 +136,7 @@ def read(workdir: Path, name: str) -> History:
         seconds_per_step=column("seconds_per_step"),
         values=UNITS[about["metric"]].factor * column(f"test_{about['metric']}"),
         norms=[line["norms"] for line in lines],
+        validation=validation,
     )
 
 
@@ -105,8 +144,7 @@ def read_all(workdirs: Sequence[Path]) -> list[History]:
     """All histories, with names as short as they can be; runs without an evaluation are left out.
 
     Raises:
-      RecordError: for a directory without a run, if there is no evaluation at all, or if runs have
-        different metrics.
+      RecordError: for a directory without a run, or if there is no evaluation at all.
     """
     histories = []
     for workdir, name in zip(workdirs, short_names(workdirs), strict=True):
@@ -116,9 +154,17 @@ def read_all(workdirs: Sequence[Path]) -> list[History]:
             log.warning("left out: %s", error)
     if not histories:
         raise records.RecordError("none of the runs has metrics yet")
+    return histories
+
+
+def check_comparable(histories: Sequence[History]) -> None:
+    """Refuses runs that cannot stand in one table.
+
+    Raises:
+      RecordError: if they have different metrics.
+    """
     if len(metrics := {history.about["metric"] for history in histories}) > 1:
         raise records.RecordError(f"runs have different metrics: {', '.join(sorted(metrics))}")
-    return histories
 
 
 def short_names(runs: Sequence[Path]) -> list[str]:
@@ -136,14 +182,15 @@ def table(histories: Sequence[History]) -> str:
     """One line a run, as Markdown."""
     all_plain = [history for history in histories if history.is_plain]
     plain = min(all_plain, key=lambda history: history.values[-1].mean(), default=None)
-    unit = histories[0].unit
+    unit, chosen = histories[0].unit, chosen_by_validation(histories)
+    has_validation = any(history.validation is not None for history in histories)
     rows = []
     for history in histories:
         low, seconds, high = np.quantile(history.seconds_per_step, (0.25, 0.5, 0.75))
         published = history.about["config"]["published"]
         rows.append(
             (
-                history.title,
+                history.title + ", chosen" * any(history is one for one in chosen),
                 history.values.shape[1],
                 f"{history.epoch[-1]:.4g}",
                 records.mean_and_std(history.values[-1], unit.decimals),
@@ -151,14 +198,41 @@ def table(histories: Sequence[History]) -> str:
                 f"{unit.factor * published:.{unit.decimals}f}" if published >= 0 else "-",
                 epochs_to(history, plain),
                 f"{1000 * seconds:.1f} ({1000 * low:.1f} to {1000 * high:.1f})",
+                *([_last_validation(history)] if has_validation else []),
             )
         )
     headers = (
         *("run", "n", "epochs", f"last {unit.label}", "best", "published"),
-        *("epochs to plain's last", "ms a step"),
+        *("epochs to plain's last", "ms a step", *["last, validation"] * has_validation),
     )
     align = ("left", *["right"] * (len(headers) - 1))
     return str(tabulate(rows, headers, "github", colalign=align, disable_numparse=True))
+
+
+def _last_validation(history: History) -> str:
+    if history.validation is None:
+        return "-"
+    return records.mean_and_std(history.validation[-1], history.unit.decimals)
+
+
+def chosen_by_validation(histories: Sequence[History]) -> list[History]:
+    """Of runs that differ in the learning rate alone, the best on the examples for validation."""
+    chosen = []
+    for runs in by_learning_rate(histories):
+        last = {run.name: x[-1].mean() for run in runs if (x := run.validation) is not None}
+        if len(last) == len(runs) > 1:
+            chosen.append(min(runs, key=lambda run: last[run.name]))
+    return chosen
+
+
+def by_learning_rate(histories: Sequence[History]) -> list[list[History]]:
+    """Runs that differ in nothing but the learning rate, together."""
+    groups: dict[str, list[History]] = {}
+    for history in histories:
+        config = history.about["config"]
+        but_rate = {**config, "optimizer": {**config["optimizer"], "learning_rate": None}}
+        groups.setdefault(json.dumps(but_rate, sort_keys=True), []).append(history)
+    return list(groups.values())
 
 
 def epochs_to(history: History, plain: History | None) -> str:
@@ -262,15 +336,11 @@ def draw_learning_rates(histories: Sequence[History], out: Path) -> bool:
     Returns:
       Whether it was drawn: not, if no runs differ in the learning rate.
     """
-    lines: dict[str, list[History]] = {}
-    for history in histories:
-        config = history.about["config"]
-        but_rate = {**config, "optimizer": {**config["optimizer"], "learning_rate": None}}
-        lines.setdefault(json.dumps(but_rate, sort_keys=True), []).append(history)
-    if all(len(line) < 2 for line in lines.values()):
+    lines = by_learning_rate(histories)
+    if all(len(line) < 2 for line in lines):
         return False
     figure, panel = plt.subplots(figsize=(6, 4), layout="constrained")
-    for line in lines.values():
+    for line in lines:
         rates = {one.about["config"]["optimizer"]["learning_rate"]: one.values[-1] for one in line}
         x = sorted(rates)
         means = [rates[rate].mean() for rate in x]
@@ -302,11 +372,20 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/report"), metavar="DIR")
     options = parser.parse_args(arguments)
     plt.switch_backend("agg")
+    files = [run for run in options.runs if run.suffix == ".json"]
+    directories = [run for run in options.runs if run not in files]
     try:
-        histories = read_all(options.runs)
+        histories = read_all(directories) if directories else []
+        for file in files:
+            more, texts = read_accelerator(file)
+            histories += more
+            print(*texts, sep="\n\n")
+        check_comparable(histories)
     except records.RecordError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    if not histories:
+        return 0
     text = f"{table(histories)}\n\n{FOOTNOTE}\n{conditions(histories)}\n"
     print(text)
     options.out.mkdir(parents=True, exist_ok=True)

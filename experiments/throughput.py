@@ -68,7 +68,7 @@ def ours(config: Config, data: Data) -> Callable[[int], None]:
     def run(steps: int) -> None:
         nonlocal states
         queued = None
-        for _ in range(-(-steps // config.steps_per_call)):
+        for _ in range(-(-steps // config.call_steps)):
             states, ends = programs.steps(states)
             jax.block_until_ready(queued)
             queued = ends
@@ -84,7 +84,7 @@ def measure(config: Config, data: Data) -> dict[str, list[float]]:
     programs = {"plain loop": plain_loop(config, data), "trainer": ours(config, data)}
     networks = {"plain loop": 1, "trainer": config.seeds}
     per_epoch = len(next(iter(data.train.values()))) / config.batch_size
-    size = config.steps_per_call
+    size = config.call_steps
     steps = {}
     for name, program in programs.items():
         program(size)  # compiles, and fills caches
@@ -122,7 +122,7 @@ def main(arguments: Sequence[str]) -> int:
         print(f"{name}: {np.median(seconds):.3f} s an epoch and network")
     print(
         f"{median:.2f} times as fast ({low:.2f} to {high:.2f}, {ROUNDS} rounds); the trainer has "
-        f"{config.seeds} networks side by side, {config.steps_per_call} steps a call"
+        f"{config.seeds} networks side by side, {config.call_steps} steps a call"
     )
     print(json.dumps({"arguments": list(arguments), "seconds": times}))
     return 0

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import random
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,6 +20,7 @@ import numpy as np
 
 from experiments import cluster, records
 from experiments.boards import Board
+from experiments.budget import shorten
 from experiments.checkpoints import Checkpoints
 from experiments.command_line import ConfigError, Run, parse, usage
 from experiments.config import Config
@@ -47,7 +49,7 @@ def train(run: Run) -> bool:
       NotFiniteError: if a loss is infinite or NaN. The last checkpoint is kept.
       ClusterError: if the processes do not find one another, or differ.
     """
-    config, workdir = run.config, run.workdir
+    config, workdir, started = run.config, run.workdir, time.monotonic()
     cluster.join(config.cluster)
     claim_devices(config)
     data = prepare(run)
@@ -64,15 +66,15 @@ def train(run: Run) -> bool:
         board,
         cluster.ending_with_others(),  # before the checkpoints wait for the others
     ):
-        states, seconds = begin(programs, checkpoints, workdir)
+        states, seconds = begin(programs, checkpoints, workdir, started)
         loop = Loop(programs, checkpoints, board, interrupts, workdir)
         states = loop.run(states, seconds)
-        if done := loop.step == config.steps:
+        if done := loop.step == loop.length:
             pictures = programs.pictures(states)
     with cluster.together():
         if done and cluster.is_first():
             save_pictures(pictures, workdir / "pictures")
-            records.finish(workdir, outcome(run))
+            records.finish(workdir, outcome(run, loop.length))
     return done
 
 
@@ -131,8 +133,13 @@ def load(config: Config) -> Data:
     return Data(train, cut(data.test, "test_examples"), validation)
 
 
-def begin(programs: Programs, checkpoints: Checkpoints, workdir: Path) -> tuple[State, float]:
-    """The states at the last checkpoint, or new ones; and the seconds that the run has taken."""
+def begin(
+    programs: Programs, checkpoints: Checkpoints, workdir: Path, started: float
+) -> tuple[State, float]:
+    """The states at the last checkpoint, or new ones; and the seconds that the run has taken.
+
+    `started` is the time when the process began, for runs whose time is limited.
+    """
     config, states = programs.config, programs.init()
     if config.weight_norm:
         log.info("the first of %d networks:\n%s", config.seeds, programs.summary(states))
@@ -145,6 +152,12 @@ def begin(programs: Programs, checkpoints: Checkpoints, workdir: Path) -> tuple[
         log.info("going on from step %d", step)
     log.info("compiling")
     programs.compile(states)
+    if config.minutes and step is None:
+        left = 60 * config.minutes - (time.monotonic() - started)
+        states = shorten(programs, states, left)
+    with cluster.together():
+        if cluster.is_first():
+            records.note_length(workdir, int(cluster.fetch(states.length)[0]))
     return states, seconds
 
 
@@ -157,7 +170,7 @@ def save_pictures(pictures: dict[str, np.ndarray], folder: Path) -> None:
         matplotlib.image.imsave(folder / f"{name}.png", np.ascontiguousarray(rgb))
 
 
-def outcome(run: Run) -> str:
+def outcome(run: Run, length: int) -> str:
     """The last and the best value of the run's metric, as text."""
     name = f"test_{run.config.task.metric}"
     lines = records.read_metrics(run.workdir)
@@ -165,7 +178,7 @@ def outcome(run: Run) -> str:
     best = values.min(axis=0)
     return (
         f"{run.workdir.name}: {name} {records.mean_and_std(values[-1], 4)} after "
-        f"{run.config.steps} steps, best {records.mean_and_std(best, 4)} "
+        f"{length} steps, best {records.mean_and_std(best, 4)} "
         f"(seeds: {run.config.seeds}); records in {run.workdir}"
     )
 

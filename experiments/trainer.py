@@ -149,14 +149,14 @@ class Trainer:
         )
 
     def steps(self, state: State, train: Dataset) -> State:
-        """`steps_per_call` steps of one network."""
+        """The steps of one call, of one network."""
         config = self.config
-        indices = self.indices(state, train, config.steps_per_call)
+        indices = self.indices(state, train, config.call_steps)
 
         def step(state: State, rows: jax.Array) -> tuple[State, None]:
             return self.step(state, self.share(jax.tree.map(lambda x: x[rows], train))), None
 
-        if config.steps_per_call == 1:  # without a loop of one step
+        if config.call_steps == 1:  # without a loop of one step
             return step(state, indices[0])[0]
         return jax.lax.scan(step, state, indices, unroll=config.unroll)[0]
 
@@ -234,15 +234,21 @@ def _scale_v(params: Any, std: float) -> Any:
 
 def _split_scale(drawn: Any, params: Any, axes: Any) -> tuple[Any, Any]:
     """Parameters with the weights of `drawn`, and the factors that make them those of `params`."""
-    decisions, treedef = jax.tree.flatten(axes, is_leaf=lambda x: isinstance(x, _DECISIONS))
-    is_weight = treedef.unflatten(isinstance(x, wnjax.Neuron) for x in decisions)
-    lengths, before = (wnjax.weight_norm(tree, axes) for tree in (params, drawn))
+    after, before = (wnjax.weight_norm(tree, axes) for tree in (params, drawn))
 
-    def scale(is_weight: bool, length: Any, before: Any) -> jax.Array:
-        return length.g / before.g if is_weight else jnp.float32(1)
+    def scale(after: Any, before: Any) -> jax.Array:
+        is_weight = isinstance(after, wnjax.WeightNorm)
+        factor: jax.Array = after.g / before.g if is_weight else jnp.ones((), after.dtype)
+        return factor
 
-    scales = jax.tree.map(scale, is_weight, lengths, before)
-    return jax.tree.map(lambda yes, a, b: a if yes else b, is_weight, drawn, params), scales
+    def start(after: Any, before: Any) -> jax.Array:
+        w: jax.Array = before.v if isinstance(before, wnjax.WeightNorm) else after
+        return w
+
+    def is_leaf(x: Any) -> bool:
+        return isinstance(x, wnjax.WeightNorm)
+
+    return tuple(jax.tree.map(f, after, before, is_leaf=is_leaf) for f in (start, scale))
 
 
 def _scaled(params: Any, scale: Any) -> Any:

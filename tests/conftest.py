@@ -1,4 +1,7 @@
-"""Settings that every test runs under: eight virtual CPU devices, nothing promoted silently."""
+"""Settings that every test runs under: eight virtual CPU devices, nothing promoted silently.
+
+With --accelerator tests run on the device that JAX takes by default, compiled as for users.
+"""
 
 import os
 import tempfile
@@ -7,12 +10,9 @@ import jax
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
-jax.config.update("jax_platforms", "cpu")
-# LLVM's optimizations would take much of the time; the tests of exact numbers do compile with them.
-jax.config.update("jax_disable_most_optimizations", True)
-# Nor in parts of a module, which pay for large ones alone; nor XLA's fusion emitters, which take a
-# third of it: the tests on the newest JAX have those, since it does not know the flag, and ends
-# where it finds it.
+# Programs are compiled in one part, since several pay for large ones alone; and without XLA's
+# fusion emitters, which take a third of the time. The newest JAX has those: it does not know the
+# flag, and ends where it finds it.
 FLAGS = [os.environ.get("XLA_FLAGS", ""), "--xla_cpu_parallel_codegen_split_count=1"]
 if jax.__version_info__ < (0, 11):
     FLAGS.append("--xla_cpu_use_fusion_emitters=false")
@@ -23,6 +23,19 @@ PROGRAMS = tempfile.TemporaryDirectory(prefix="wnjax-tests-")
 jax.config.update("jax_compilation_cache_dir", PROGRAMS.name)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def pytest_addoption(parser):
+    text = "run on JAX's default device: with -m accelerator, tests that are made for any"
+    parser.addoption("--accelerator", action="store_true", help=text)
+
+
+def pytest_configure(config):
+    if config.getoption("--accelerator"):
+        return
+    jax.config.update("jax_platforms", "cpu")
+    # LLVM's optimizations would take much of the time; tests of exact numbers compile with them.
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(autouse=True)
@@ -42,6 +55,7 @@ def x64():
 @pytest.fixture
 def optimized():
     """Compiles a test with LLVM's optimizations, as users do."""
+    before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", False)
     yield
-    jax.config.update("jax_disable_most_optimizations", True)
+    jax.config.update("jax_disable_most_optimizations", before)

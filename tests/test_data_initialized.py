@@ -20,6 +20,8 @@ def loss(params, batch):
     return jnp.mean((toys.mlp(params, batch) - 1) ** 2)
 
 
+# In float64, where what the steps make of rounding stays far below it.
+assert_close = partial(chex.assert_trees_all_close, rtol=1e-10, atol=1e-12)
 BATCH = 2 + jax.random.normal(jax.random.key(3), (200, 3))
 
 OPTIMIZERS = {  # name: (optimizer, whether its parameters have nodes)
@@ -30,11 +32,12 @@ OPTIMIZERS = {  # name: (optimizer, whether its parameters have nodes)
 }
 
 
+@pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("jit", [False, True])
 def test_first_step_initializes_and_the_others_are_the_optimizers(name, jit):
     inner, has_nodes = OPTIMIZERS[name]
-    params = toys.mlp_params()
+    params, examples = toys.in_float64((toys.mlp_params(), BATCH))
     start = wnjax.weight_norm(params, AXES) if has_nodes else params
     optimizer = wnjax.data_initialized(inner, toys.mlp)
 
@@ -54,22 +57,22 @@ def test_first_step_initializes_and_the_others_are_the_optimizers(name, jit):
     with jax.numpy_dtype_promotion("standard"):
         state = optimizer.init(start)
         before = jax.tree.map(jnp.copy, state.inner)
-        found, state = step(start, state, BATCH)
-        initialized = wnjax.data_init(toys.mlp, start, BATCH)
-        chex.assert_trees_all_close(found, initialized, rtol=1e-4, atol=1e-5)
+        found, state = step(start, state, examples)
+        initialized = wnjax.data_init(toys.mlp, start, examples)
+        assert_close(found, initialized)
         chex.assert_trees_all_equal(state.inner, before)
-        y = toys.mlp(wnjax.fold(found), BATCH)
+        y = toys.mlp(wnjax.fold(found), examples)
         assert float(jnp.abs(y.mean(0)).max()) < 1e-4
         assert float(jnp.abs(y.std(0) - 1).max()) < 1e-3
         expected, expected_state = found, before
         for i in range(3):
-            batch = BATCH[i * 50 : i * 50 + 100]
+            batch = examples[i * 50 : i * 50 + 100]
             if i < 2:  # of one shape, so that nothing is compiled again
                 found, state = step(found, state, jnp.concatenate([batch, batch]))
                 expected, expected_state = expected_step(
                     expected, expected_state, jnp.concatenate([batch, batch])
                 )
-    chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert_close(found, expected)
 
 
 def test_without_a_batch():
@@ -120,13 +123,14 @@ def two_steps(optimizer, params, *batches):
 
 
 @everywhere
+@pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("name", ["weight_normalized", "nodes"])
 @pytest.mark.parametrize("initialized", ["data_init", "data_initialized"])
 def test_devices_with_a_part_of_the_batch_agree_with_the_whole(how, name, initialized):
     inner, has_nodes = OPTIMIZERS[name]
-    params = toys.mlp_params()
+    params, examples = toys.in_float64((toys.mlp_params(), BATCH))
     params = wnjax.weight_norm(params, AXES) if has_nodes else params
-    batches = (BATCH, BATCH[::-1]) if initialized == "data_initialized" else (BATCH,)
+    batches = (examples, examples[::-1]) if initialized == "data_initialized" else (examples,)
 
     def run(**options):
         if initialized == "data_init":
@@ -136,7 +140,7 @@ def test_devices_with_a_part_of_the_batch_agree_with_the_whole(how, name, initia
 
     fn = run() if how in JITS else run(axis_name="data")
     found = spread(how, fn, (jax.P(), *[jax.P("data")] * len(batches)), params, *batches)
-    chex.assert_trees_all_close(found, jax.jit(run())(params, *batches), rtol=1e-4, atol=1e-5)
+    assert_close(found, jax.jit(run())(params, *batches))
 
 
 def test_split_fan_in_axes_are_refused():

@@ -20,12 +20,17 @@ SHAPES = {  # name: (shape, feature axes)
 }
 
 
+def normal(shape, seed):
+    return jax.random.normal(jax.random.key(seed), shape, jnp.float32)
+
+
+@pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("as_nodes", [False, True])
 @pytest.mark.parametrize("name", SHAPES)
 def test_norms_stay_over_1000_steps(name, as_nodes):
     shape, features = SHAPES[name]
     fan_in = tuple(axis for axis in range(len(shape)) if axis not in features)
-    target, w = (3 * jax.random.normal(jax.random.key(i), shape) for i in (0, 1))
+    target, w = toys.in_float64([3 * normal(shape, i) for i in (0, 1)])
     axes = {"w": features}
     params = wnjax.weight_norm({"w": w}, axes) if as_nodes else {"w": w}
     optimizer = optax.chain(optax.adam(3e-2), wnjax.keep_norms(None if as_nodes else axes))
@@ -45,14 +50,12 @@ def test_norms_stay_over_1000_steps(name, as_nodes):
     v = found["w"].v if as_nodes else found["w"]
     norms = [
         np.linalg.norm(
-            np.asarray(x, np.float64)
-            .transpose(*features, *fan_in)
-            .reshape(*[shape[f] for f in features], -1),
+            np.asarray(x).transpose(*features, *fan_in).reshape(*[shape[f] for f in features], -1),
             axis=-1,
         )
         for x in (v, w)
     ]
-    rounding = np.sqrt(1000) * float(jnp.finfo(jnp.float32).eps)  # at random, in every step
+    rounding = 1000 * float(jnp.finfo(jnp.float64).eps)  # in the same direction, in every step
     np.testing.assert_allclose(norms[0], norms[1], rtol=rounding)
     assert float(jnp.abs(v - w).max()) > 0.5
     cosine = (

@@ -15,10 +15,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import wnjax
 from tests import toys
+from tests.accelerators import also_on_accelerators
 
 pytestmark = pytest.mark.usefixtures("optimized")
 
-STEPS = 500
+# Few enough that no optimizer amplifies rounding. A step of RMSProp or LAMB does not shrink with
+# the gradient; once it is longer than the way to the minimum, differences grow twofold a step and
+# faster: from 1e-15 to 1e-3 between the steps 315 and 350 of RMSProp, and after 150 of LAMB.
+STEPS = 100
 AXES = {".*/kernel": 1, ".*/bias": None}
 
 
@@ -93,21 +97,17 @@ def distance(a, b):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", also_on_accelerators(OPTIMIZERS, ["momentum", "adam", "rmsprop"]))
 def test_trajectory_is_that_of_g_and_v(name):
     params, x, y = problem(jnp.float64)
     optimizer, nodes = OPTIMIZERS[name](), wnjax.weight_norm(params, AXES)
     plain = trajectory(
         wnjax.weight_normalized(optimizer, AXES), params, lambda p: loss(p, x, y), STEPS
     )
-
-    def explicit(nodes):
-        return wnjax.fold(trajectory(optimizer, nodes, lambda p: loss(wnjax.fold(p), x, y), STEPS))
-
-    expected = explicit(nodes)
-    off = jax.tree.map(lambda w: w * (1 + 2**-52 * jnp.sign(jnp.sin(1e6 * w))), nodes)
+    explicit = trajectory(optimizer, nodes, lambda p: loss(wnjax.fold(p), x, y), STEPS)
+    expected = wnjax.fold(explicit)
     assert distance(expected, params) > 0.05
-    assert distance(plain, expected) <= max(1e-12, 100 * distance(explicit(off), expected))
+    assert distance(plain, expected) < 1e-12
 
 
 @pytest.mark.usefixtures("x64")
@@ -153,6 +153,7 @@ def test_g_crosses_zero(optimizer):
     assert distance(plain, wnjax.fold(explicit)) < 1e-8
 
 
+@pytest.mark.accelerator
 def test_a_step_to_exactly_zero_is_gone_on_from():
     params = {"kernel": jnp.array([[3.0], [4.0]])}
     optimizer = wnjax.weight_normalized(optax.sgd(1.0))
@@ -167,6 +168,7 @@ def test_a_step_to_exactly_zero_is_gone_on_from():
     chex.assert_tree_all_finite(state)
 
 
+@pytest.mark.accelerator
 def test_zero_neurons_train():
     params, x, y = problem(jnp.float32)
     params["second"]["kernel"] = jnp.zeros((8, 16))
@@ -393,15 +395,16 @@ def test_every_tree(name):
     chex.assert_tree_all_finite(updates)
 
 
+@pytest.mark.usefixtures("x64")
 def test_sharded_parameters():
-    params, x, y = problem(jnp.float32)
+    params, x, y = problem(jnp.float64)
     mesh = Mesh(jax.devices(), "i")
     spec = jax.tree.map(lambda p: PartitionSpec(*[None] * (p.ndim - 1), "i"), params)
     sharded = jax.tree.map(lambda p, s: jax.device_put(p, NamedSharding(mesh, s)), params, spec)
     optimizer = wnjax.weight_normalized(optax.adam(1e-2), AXES)
     found = trajectory(optimizer, sharded, lambda p: loss(p, x, y), 20)
     expected = trajectory(optimizer, params, lambda p: loss(p, x, y), 20)
-    chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert distance(found, expected) < 1e-12
     assert not found["first"]["kernel"].sharding.is_fully_replicated
 
 

@@ -11,6 +11,7 @@ import pytest
 from jax.sharding import AxisType
 
 import wnjax
+from tests import toys
 from tests.test_contract import off_start, stepped
 from tests.test_sharding import collectives, normal, put
 
@@ -243,10 +244,12 @@ def train(loss, optimizer, params, state, *batch):
     return params
 
 
+@pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("form", ["fold", "wrap", "weight_normalized", "keep_norms"])
 @pytest.mark.parametrize(("make", "init_inside"), [(optax.sgd, False), (optax.adam, True)])
 def test_training_steps_are_those_of_the_whole(form, make, init_inside):
-    params, batch = mlp_parameters(form), (normal(8, 16, seed=3), normal(8, 24, seed=4))
+    batch = normal(8, 16, seed=3), normal(8, 24, seed=4)
+    params, batch = toys.in_float64((mlp_parameters(form), batch))
     loss, optimizer = of_form(form, make(0.05))
     expected = jax.jit(partial(train, loss, optimizer))(params, optimizer.init(params), *batch)
     loss, optimizer = of_form(form, make(0.05), ROW, total=lax_total)
@@ -267,7 +270,7 @@ def test_training_steps_are_those_of_the_whole(form, make, init_inside):
         out_specs=specs,
     )
     found = jax.jit(shards)(params, state, *batch)
-    chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=1e-5)
+    chex.assert_trees_all_close(found, expected, rtol=1e-10, atol=1e-12)
     moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), found, params)
     assert min(jax.tree.leaves(moved)) > 1e-3
 

@@ -11,7 +11,7 @@ import wnjax
 from tests.golden import torch_weight_norm
 from tests.toys import train
 
-pytestmark = pytest.mark.usefixtures("optimized")
+pytestmark = [pytest.mark.accelerator, pytest.mark.usefixtures("optimized", "x64")]
 
 LAYERS = {
     "linear": nn.Dense(4),
@@ -54,12 +54,12 @@ def test_gradients_and_training_equal_pytorch(case, record):
     def loss(params):
         return jnp.mean((layer.apply({"params": wnjax.fold(params)}, x) - target) ** 2)
 
-    assert_close(params, expected("", params), rtol=1e-6)
-    assert_close(jax.grad(loss)(params), expected("grad_", params), rtol=1e-5)
+    assert_close(params, expected("", params), rtol=1e-14)
+    assert_close(jax.grad(loss)(params), expected("grad_", params), rtol=1e-12)
 
     optimizer = optax.adam(0.1) if case == "linear_adam" else optax.sgd(0.1, momentum=0.9)
     params = train(optimizer, loss, params, torch_weight_norm.STEPS)
-    assert_close(params, expected("last_", params), rtol=2e-5)
+    assert_close(params, expected("last_", params), rtol=1e-12)
 
 
 def assert_close(actual, expected, rtol):

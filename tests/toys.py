@@ -104,6 +104,11 @@ TREES = {
 }
 
 
+def in_float64(tree):
+    """The tree with float64 in place of float32; only where x64 is on."""
+    return jax.tree.map(lambda x: x.astype(jnp.float64) if x.dtype == jnp.float32 else x, tree)
+
+
 def ulps(a, b):
     """The largest distance of two trees of equal structure, in b's epsilons relative to b."""
 

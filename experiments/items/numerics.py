@@ -14,7 +14,7 @@ from experiments import items
 from experiments.logs import log
 
 TESTS = Path(__file__).parents[2] / "tests"
-MARK = "pytest.mark.accelerator"
+MARK = "accelerator"
 REHEARSAL = ("-k", "linear or sgd")  # a few of each kind
 
 

@@ -97,7 +97,7 @@ class Glimpse(nn.Module):
     def setup(self) -> None:
         """Both LSTMs, and dense layers between them and the image."""
         normal = nn.initializers.normal(self.weight_std)
-        of_dense = {"kernel_init": normal} if self.weight_std else {}
+        of_dense: dict[str, Any] = {"kernel_init": normal} if self.weight_std else {}
         of_lstm = {**of_dense, "recurrent_kernel_init": normal} if self.weight_std else {}
 
         def dense(features: int) -> nn.Dense:

@@ -40,12 +40,12 @@ class BatchNorm(nn.BatchNorm):
     Source: the code of Salimans & Kingma 2016, https://github.com/TimSalimans/weight_norm.
     """
 
-    def __call__(self, x: jax.Array, **kwargs: Any) -> jax.Array:
+    def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         """The normalized x, of the same shape."""
-        before = self.get_variable("batch_stats", "var")
-        y: jax.Array = super().__call__(x, **kwargs)
+        before: Any = self.get_variable("batch_stats", "var")
+        y = super().__call__(x, *args, **kwargs)
         if before is not None and self.is_mutable_collection("batch_stats") and len(x) > 1:
-            after = self.get_variable("batch_stats", "var")
+            after: Any = self.get_variable("batch_stats", "var")
             # Flax has added (1 − momentum) · variance; the rest of n/(n − 1) is added here.
             rest = (after - self.momentum * before) / jnp.float32(len(x) - 1)
             self.put_variable("batch_stats", "var", after + rest)

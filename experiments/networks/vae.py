@@ -97,6 +97,8 @@ class BinaryVAE(nn.Module):
 
     Pixels are binarized at random, each time anew: 1 with the probability that the grey level is.
 
+    The posterior is a diagonal Gaussian; the paper's is autoregressive.
+
     Source: Salimans & Kingma 2016, https://arxiv.org/abs/1602.07868, section 5.2, and Salimans,
     Kingma & Welling 2015, https://arxiv.org/abs/1410.6460, section 4.2.
 
@@ -197,8 +199,10 @@ class HierarchicalVAE(nn.Module):
     Inference goes up through all units and down again, generation down alone. Pixels have a
     logistic distribution with a scale learned for each channel.
 
-    Source: Kingma et al. 2016, https://arxiv.org/abs/1606.04934, section 5.2 and appendix C,
-    without autoregressive flows, as Salimans & Kingma 2016 train it in section 5.2.
+    The posterior of a unit is a diagonal Gaussian. Salimans & Kingma 2016 train this network in
+    section 5.2 with autoregressive posteriors, which are left out here.
+
+    Source: Kingma et al. 2016, https://arxiv.org/abs/1606.04934, section 5.2 and appendix C.
 
     Attributes:
       shape: of an image; height and width are multiples of 2^levels.

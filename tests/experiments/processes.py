@@ -65,8 +65,8 @@ def end_at(name, step):
 
     def counted(self, states):
         result = steps(self, states)
-        taken[0] = taken[0] or int(train.cluster.fetch(result[1])[0]) - self.config.steps_per_call
-        taken[0] += self.config.steps_per_call
+        taken[0] = taken[0] or int(train.cluster.fetch(result[1])[0]) - self.config.call_steps
+        taken[0] += self.config.call_steps
         if taken[0] == step:
             for checkpoints in saving:
                 checkpoints._checkpointer.wait()

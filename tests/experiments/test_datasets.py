@@ -27,7 +27,7 @@ def test_digits_are_whole_and_split_by_class():
     assert (data.train["images"].dtype, data.train["labels"].dtype) == (jnp.float32, jnp.int32)
     assert (data.train["images"].min(), data.train["images"].max()) == (0, 1)
     assert np.bincount(data.test["labels"]).min() >= 34
-    together = np.concatenate([split["images"].reshape(-1, 64) for split in data])
+    together = np.concatenate([split["images"].reshape(-1, 64) for split in data[:2]])
     assert len(np.unique(together, axis=0)) == 1797  # no image is on both sides
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+import jax
 import pytest
 
 from experiments import records
@@ -78,6 +79,19 @@ def test_another_run_is_refused_and_kept(tmp_path):
     ):
         records.create(run(tmp_path, other))
     assert len(records.read_metrics(tmp_path)) == 1
+
+
+def test_a_checkout_that_is_not_installed_has_no_version(monkeypatch):
+    version = records.metadata.version
+
+    def of_others(package):
+        if package == "wnjax":
+            raise records.metadata.PackageNotFoundError(package)
+        return version(package)
+
+    monkeypatch.setattr(records.metadata, "version", of_others)
+    assert records.versions()["wnjax"] == "not installed"
+    assert records.versions()["jax"] == jax.__version__
 
 
 def test_another_version_is_another_run(tmp_path):

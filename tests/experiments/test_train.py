@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 import sys
 
 import jax
@@ -16,6 +17,7 @@ from experiments.checkpoints import Checkpoints
 from experiments.command_line import ConfigError, parse
 from experiments.config import VARIANTS
 from experiments.datasets import DataError
+from experiments.datasets.digits import digits
 from experiments.train import load, main
 from experiments.trainer import Trainer
 from tests.experiments import processes
@@ -41,14 +43,19 @@ def metrics(workdir):
     return [{k: v for k, v in line.items() if "seconds" not in k} for line in lines]
 
 
-def assert_same_outcome(arguments, workdir, other):
-    """The same metrics and the same last state, bit for bit."""
-    assert metrics(workdir) == metrics(other)
+def like_the_last_states(arguments):
+    """The shapes of the states of a run, on one device."""
     config = parse(arguments).config
     init = jax.vmap(Trainer(config).init, in_axes=(0, None))
     states = jax.eval_shape(init, jnp.zeros(config.seeds, jnp.int32), dict(load(config).train))
     here = SingleDeviceSharding(jax.devices()[0])
-    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), states)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), states)
+
+
+def assert_same_outcome(arguments, workdir, other):
+    """The same metrics and the same last state, bit for bit."""
+    assert metrics(workdir) == metrics(other)
+    config, like = parse(arguments).config, like_the_last_states(arguments)
     with Checkpoints(workdir) as one, Checkpoints(other) as another:
         assert one.latest() == another.latest() == config.steps
         jax.tree.map(np.testing.assert_array_equal, one.restore(like), another.restore(like))
@@ -222,6 +229,43 @@ def test_data_that_cannot_be_had(tmp_path, capsys, monkeypatch):
     assert main(["--config=configs/mnist_vae.py:smoke", f"--workdir={tmp_path / 'run'}"]) == 2
     assert capsys.readouterr().err == "error: no network: data\n"
     assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_package_is_named_with_its_extra():
+    hide = "import importlib.util as util; find = util.find_spec; "
+    hide += "util.find_spec = lambda name: None if name == 'tqdm' else find(name); "
+    command = [sys.executable, "-c", f"{hide}import experiments.train"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr == (
+        "error: the experiments need tqdm: pip install '.[experiments]' in a clone of wnjax\n"
+    )
+
+
+def test_only_the_digits_need_scikit_learn(data_dir, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    assert main([f"{DIGITS}:smoke", f"--workdir={tmp_path}"]) == 2
+    assert "error: the digits come with scikit-learn: pip install" in capsys.readouterr().err
+    run = parse(["--config=configs/cifar10.py:smoke", f"--config.data_dir={data_dir}"])
+    assert len(load(run.config).train["images"]) == 180
+
+
+def test_examples_for_validation_are_the_last_ones_for_training(tmp_path):
+    arguments = [f"{DIGITS}:plain", *TINY, "--config.train_examples=100", f"--workdir={tmp_path}"]
+    arguments += ["--config.validation_examples=20", "--config.test_examples=20"]
+    data, whole = load(parse(arguments).config), digits().train["images"]
+    np.testing.assert_array_equal(data.train["images"], whole[:80])
+    np.testing.assert_array_equal(data.validation["images"], whole[80:100])
+    assert main(arguments) == 0
+    last = records.read_metrics(tmp_path)[-1]
+    assert last["epoch"] == 4 * 8 / 80
+    trainer, like = Trainer(parse(arguments).config), like_the_last_states(arguments)
+    with Checkpoints(tmp_path) as checkpoints:
+        states = checkpoints.restore(like)
+    for seed, error in enumerate(last["validation_error"]):
+        state = jax.tree.map(lambda x, seed=seed: x[seed], states)
+        sums = [trainer.evaluate(state, data.validation, jnp.int32(i))["error"] for i in range(3)]
+        np.testing.assert_allclose(sum(sums) / 20, error)
 
 
 def test_profile_and_tensorboard(tmp_path):

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import wnjax
@@ -16,10 +17,26 @@ from experiments.placement import make_mesh
 from experiments.programs import Programs
 from experiments.tasks.classification import Digits
 from experiments.trainer import Trainer
+from tests.toys import in_float64
 
 SMALL = Config(
     task=Digits(widths=(4, 8)), steps=4, steps_per_eval=2, steps_per_call=2, batch_size=8
 )
+
+
+class Float64Digits(Digits):
+    """The task of `SMALL`, with a loss that is not rounded to float32."""
+
+    __slots__ = ()
+
+    def measures(self, outputs, batch):
+        loss = optax.softmax_cross_entropy_with_integer_labels(outputs, batch["labels"])
+        return super().measures(outputs, batch) | {"loss": loss}
+
+
+# For what two programs compute: they round differently, as the processor has it, and in float32 two
+# steps carry that to the fourth digit.
+FLOAT64 = dataclasses.replace(SMALL, task=Float64Digits(widths=(4, 8)))
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -37,11 +54,17 @@ STARTS = {}  # by config: initializers take long to compile
 
 
 def begin(trainer, data, seed=0):
-    config = dataclasses.replace(trainer.config, steps_per_call=1, unroll=False, batch_size=8)
-    key = repr(config)
+    same = {"task": SMALL.task, "steps_per_call": 1, "unroll": False, "batch_size": 8}
+    key = repr(dataclasses.replace(trainer.config, **same))
     if key not in STARTS:
         STARTS[key] = jax.jit(trainer.init)
     return STARTS[key](jnp.int32(seed), data.train)
+
+
+def begin_in_float64(trainer, data, seed=0):
+    with jax.enable_x64(False):
+        start = begin(trainer, data, seed)
+    return in_float64(start)
 
 
 def first_batch(data):
@@ -52,22 +75,30 @@ def close(a, b):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
+def close64(a, b):
+    np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_call_equals_single_steps(variant, data):
     changes = {**VARIANTS[variant], "ema_decay": 0.9}
-    trainer = Trainer(dataclasses.replace(SMALL, **changes))
-    state = start = begin(trainer, data)
+    trainer = Trainer(dataclasses.replace(FLOAT64, **changes))
+    state = start = begin_in_float64(trainer, data)
+    train = in_float64(data.train)
     step, losses = jax.jit(trainer.step), []
-    for rows in trainer.indices(state, data.train, 2):
-        batch, before = {name: x[rows] for name, x in data.train.items()}, state.loss
+    for rows in trainer.indices(state, train, 2):
+        batch, before = {name: x[rows] for name, x in train.items()}, state.loss
         state = step(state, batch)
         losses.append(state.loss - before)
     with jax.transfer_guard("disallow"):
-        called = jax.jit(trainer.steps)(start, data.train)
-    jax.tree.map(close, called, state)
+        called = jax.jit(trainer.steps)(start, train)
+    floats = [x for x in jax.tree.leaves(called) if jnp.issubdtype(x.dtype, jnp.floating)]
+    assert all(x.dtype == jnp.float64 for x in floats)
+    jax.tree.map(close64, called, state)
     assert called.step == 2
     assert called.failed == -1
-    close(called.loss, sum(losses))
+    close64(called.loss, sum(losses))
 
 
 def test_the_loss_begins_anew_after_an_evaluation(data):
@@ -94,22 +125,24 @@ def test_the_first_failure_is_a_loss_or_an_update_that_is_not_finite(data):
     assert after.failed == 1
 
 
+@pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
     ("parts", "groups", "unroll"), [(1, 2, True), (2, 2, False), (8, 1, False)]
 )
 def test_seeds_side_by_side_equal_runs_of_their_own(parts, groups, unroll, data):
     """Spread over the eight devices, with one for each or several, or together on all."""
-    config = dataclasses.replace(SMALL, unroll=unroll, seeds=2, mesh=Mesh(data=parts))
+    config = dataclasses.replace(FLOAT64, unroll=unroll, seeds=2, mesh=Mesh(data=parts))
     few = {name: x[:44] for name, x in data.test.items()}  # five batches, and half a one
-    programs = Programs(config, Data(data.train, few))
+    train, few = in_float64((data.train, few))
+    programs = Programs(config, Data(train, few))
     assert programs.mesh.devices.shape == (groups, parts, 1, 1)
     with jax.set_mesh(programs.mesh):
-        both, _ = programs.steps(programs.init())
+        both, _ = programs.steps(in_float64(programs.init()))
         error = programs.metrics(both)["test_error"]
-    trainer = Trainer(dataclasses.replace(SMALL, unroll=unroll))
+    trainer = Trainer(dataclasses.replace(FLOAT64, unroll=unroll))
     for seed in (0, 1):
-        alone = jax.jit(trainer.steps)(begin(trainer, data, seed), data.train)
-        jax.tree.map(lambda x, a, seed=seed: close(x[seed], a), both.params, alone.params)
+        alone = jax.jit(trainer.steps)(begin_in_float64(trainer, data, seed), train)
+        jax.tree.map(lambda x, a, seed=seed: close64(x[seed], a), both.params, alone.params)
         sums = [jax.jit(trainer.evaluate)(alone, few, i)["error"] for i in range(6)]
         np.testing.assert_allclose(error[seed], sum(sums) / 44, atol=1e-6)
 

@@ -1,6 +1,6 @@
 """What PyTorch's weight_norm computes; run `python -m tests.golden.torch_weight_norm` to renew.
 
-Every case trains one layer for ten steps in float32 and records, in PyTorch's layouts:
+Every case trains one layer for ten steps in float64 and records, in PyTorch's layouts:
 its inputs and targets, the initial g, v and bias, their first gradients, and their values
 after the last step. `torch_weight_norm.npz` was made with torch 2.13.0 on a CPU.
 """
@@ -21,13 +21,13 @@ def run(case):
 
     torch.manual_seed(0)
     shapes = {"linear": (6, 5), "conv1d": (6, 3, 8), "conv2d": (6, 3, 7, 7)}
-    x = torch.randn(shapes[case.split("_")[0]])
+    x = torch.randn(shapes[case.split("_")[0]], dtype=torch.float64)
     layer = {
         "linear": lambda: torch.nn.Linear(5, 4),
         "conv1d": lambda: torch.nn.Conv1d(3, 4, 3, padding=1),
         "conv2d": lambda: torch.nn.Conv2d(3, 4, 3, stride=2, padding=1),
     }[case.split("_")[0]]()
-    layer = weight_norm(layer, dim=None if case == "linear_whole" else 0)
+    layer = weight_norm(layer.double(), dim=None if case == "linear_whole" else 0)
     target = torch.randn_like(layer(x))
 
     g, v = layer.parametrizations.weight.original0, layer.parametrizations.weight.original1
