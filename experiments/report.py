@@ -339,7 +339,7 @@ def draw_learning_rates(histories: Sequence[History], out: Path) -> bool:
     lines = by_learning_rate(histories)
     if all(len(line) < 2 for line in lines):
         return False
-    figure, panel = plt.subplots(figsize=(6, 4), layout="constrained")
+    figure, panel = plt.subplots(figsize=(8, 4), layout="constrained")
     for line in lines:
         rates = {one.about["config"]["optimizer"]["learning_rate"]: one.values[-1] for one in line}
         x = sorted(rates)
@@ -347,10 +347,11 @@ def draw_learning_rates(histories: Sequence[History], out: Path) -> bool:
         deviations = [rates[rate].std(ddof=1) if len(rates[rate]) > 1 else 0 for rate in x]
         panel.errorbar(x, means, deviations, marker="o", capsize=3, label=line[0].about["variant"])
     panel.set(xscale="log", xlabel="learning rate", ylabel=f"last {histories[0].unit.label}")
-    panel.xaxis.set_major_formatter("{x:g}")
-    panel.xaxis.set_minor_formatter("{x:g}")
-    panel.grid(alpha=0.3, which="both")
-    panel.legend()
+    all_rates = {one.about["config"]["optimizer"]["learning_rate"] for one in histories}
+    panel.set_xticks(sorted(all_rates), [f"{rate:g}" for rate in sorted(all_rates)])
+    panel.set_xticks([], minor=True)
+    panel.grid(alpha=0.3)
+    figure.legend(*panel.get_legend_handles_labels(), loc="outside right upper")
     _save(figure, out)
     return True
 
