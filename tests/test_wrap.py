@@ -362,6 +362,7 @@ def test_weights_that_do_more_than_be_summed_over(name):
         lambda w: w.astype(jnp.float16),
         lambda w: jax.lax.reduce_precision(w, 5, 10).astype(jnp.float16),
     ],
+    ids=["float16", "float16_reduced"],
 )
 def test_computing_in_a_narrow_range(narrow):
     """v·x would leave float16's range where w·x does not."""
