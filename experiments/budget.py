@@ -39,5 +39,6 @@ def shorten(programs: Programs, states: State, seconds: float) -> State:
     rounds = max(1, int(SHARE * (seconds - (end - begin)) / a_round))
     steps: int = cluster.of_first(min(config.steps, rounds * config.steps_per_eval))
     log.info("%d of %d steps fit into --config.minutes=%g", steps, config.steps, config.minutes)
-    length = jax.device_put(np.full_like(states.length, steps), states.length.sharding)
+    length = np.full(states.length.shape, steps, np.int32)  # the same in all processes
+    length = jax.device_put(length, states.length.sharding)
     return states._replace(length=length)

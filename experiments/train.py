@@ -155,9 +155,10 @@ def begin(
     if config.minutes and step is None:
         left = 60 * config.minutes - (time.monotonic() - started)
         states = shorten(programs, states, left)
+    length = int(cluster.fetch(states.length)[0])
     with cluster.together():
         if cluster.is_first():
-            records.note_length(workdir, int(cluster.fetch(states.length)[0]))
+            records.note_length(workdir, length)
     return states, seconds
 
 

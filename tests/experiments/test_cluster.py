@@ -68,6 +68,17 @@ def test_one_of_two_is_killed_and_both_go_on_exactly(cache, tmp_path, capfd, mon
     assert "; 8 devices of 2 processes; " in (tmp_path / "report/table.md").read_text()
 
 
+def test_a_run_of_limited_time_has_one_length(cache, tmp_path, monkeypatch):
+    """Each process has a seed of its own, and each times its own calls."""
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    arguments = (*ARGUMENTS, "--config.seeds=2", "--config.mesh.data=4", "--config.steps=8")
+    arguments += ("--config.minutes=0.001", f"--workdir={tmp_path}")
+    for done in run_two(TRAIN, arguments, cache=cache):
+        assert done.returncode == 0, done.stderr
+    assert records.read_about(tmp_path)["length"] == 2  # one round, however slow the machine is
+    assert [line["step"] for line in records.read_metrics(tmp_path)] == [2]
+
+
 def test_a_signal_to_one_of_two_stops_both_at_one_step(cache, tmp_path):
     """In time: the run would take hours."""
     steps = (*ARGUMENTS, "--config.steps=1000000", f"--workdir={tmp_path}")
