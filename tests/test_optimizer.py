@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("optimized")
 
 # Few enough that no optimizer amplifies rounding. A step of RMSProp or LAMB does not shrink with
 # the gradient; once it is longer than the way to the minimum, differences grow twofold a step and
-# faster: from 1e-15 to 1e-3 between the steps 315 and 350 of RMSProp, and after 150 of LAMB.
+# faster: from 1e-15 to 1e-3 between the steps 315 and 350 of RMSProp, and after 160 of LAMB.
 STEPS = 100
 AXES = {".*/kernel": 1, ".*/bias": None}
 

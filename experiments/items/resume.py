@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,10 @@ from experiments.trainer import Trainer
 # Convolutions, batch means, and reductions over many examples; small, since it is compiled anew by
 # every process.
 RUN = ("--config=configs/digits.py:weight_norm_mean_only", "--config.seeds=1")
-SIZES = ("--config.steps=400", "--config.steps_per_eval=20", "--config.steps_per_call=10")
+# So many steps that the run is not over before it is stopped, at some step after the first round.
+SIZES = ("--config.steps=20000", "--config.steps_per_eval=500", "--config.steps_per_call=10")
 REHEARSAL = (
-    *("--config.steps=8", "--config.steps_per_eval=2", "--config.steps_per_call=1"),
+    *("--config.steps=100", "--config.steps_per_eval=2", "--config.steps_per_call=1"),
     *("--config.task.widths=(4,8)", "--config.batch_size=8"),
 )
 FLAGS = {"default": "", "deterministic": "--xla_gpu_deterministic_ops=true"}
@@ -52,8 +54,8 @@ def table(result: dict[str, Any]) -> str:
     for name, one in result["runs"].items():
         verdict = "the same, bit for bit" if one["is_same"] else "different"
         lines.append(
-            f"{name}: stopped after step {one['stopped_at']} and resumed: {verdict} (largest "
-            f"difference of a parameter {one['largest_difference']:.3g})"
+            f"{name}: stopped after step {one['stopped_at']} of {one['steps']} and resumed: "
+            f"{verdict} (largest difference of a parameter {one['largest_difference']:.3g})"
         )
     return "\n".join(lines)
 
@@ -68,12 +70,14 @@ def _compare(arguments: list[str], folder: Path, flags: str) -> dict[str, Any]:
     with Checkpoints(parts) as checkpoints:
         stopped_at = checkpoints.latest()
     _wait(_start([*arguments, f"--workdir={parts}"], flags))
-    states = [_last_state(arguments, workdir) for workdir in (whole, parts)]
+    like = like_the_last_states(arguments)
+    states = [_last_states(workdir, like) for workdir in (whole, parts)]
     difference = jax.tree.map(_difference, *states)
     lines = [_without_times(workdir) for workdir in (whole, parts)]
     largest = max(jax.tree.leaves(difference))
     return {
         "stopped_at": stopped_at,
+        "steps": parse(arguments).config.steps,
         "is_same": largest == 0 and lines[0] == lines[1],
         "largest_difference": largest,
     }
@@ -97,12 +101,16 @@ def _wait_for_metrics(workdir: Path, process: subprocess.Popen[bytes]) -> None:
         time.sleep(0.02)
 
 
-def _last_state(arguments: list[str], workdir: Path) -> Any:
+def like_the_last_states(arguments: Sequence[str]) -> Any:
+    """The shapes of the states of a run, on the first device."""
     config = parse(arguments).config
     init = jax.vmap(Trainer(config).init, in_axes=(0, None))
     states = jax.eval_shape(init, jnp.zeros(config.seeds, jnp.int32), dict(load(config).train))
     here = SingleDeviceSharding(jax.devices()[0])
-    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), states)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), states)
+
+
+def _last_states(workdir: Path, like: Any) -> Any:
     with Checkpoints(workdir) as checkpoints:
         return jax.device_get(checkpoints.restore(like))
 

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import SingleDeviceSharding
 
 from experiments import records, report
 from experiments.boards import Board
@@ -18,6 +17,7 @@ from experiments.command_line import ConfigError, parse
 from experiments.config import VARIANTS
 from experiments.datasets import DataError
 from experiments.datasets.digits import digits
+from experiments.items.resume import like_the_last_states
 from experiments.train import load, main
 from experiments.trainer import Trainer
 from tests.experiments import processes
@@ -41,15 +41,6 @@ def metrics(workdir):
     """All but the times."""
     lines = records.read_metrics(workdir)
     return [{k: v for k, v in line.items() if "seconds" not in k} for line in lines]
-
-
-def like_the_last_states(arguments):
-    """The shapes of the states of a run, on one device."""
-    config = parse(arguments).config
-    init = jax.vmap(Trainer(config).init, in_axes=(0, None))
-    states = jax.eval_shape(init, jnp.zeros(config.seeds, jnp.int32), dict(load(config).train))
-    here = SingleDeviceSharding(jax.devices()[0])
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), states)
 
 
 def assert_same_outcome(arguments, workdir, other):
