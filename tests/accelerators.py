@@ -4,7 +4,7 @@ import pytest
 
 
 def also_on_accelerators(names, chosen):
-    """All names, as parameters of a test, of which those chosen are marked."""
+    """The names as parameters of a test; the chosen ones carry the mark `accelerator`."""
     assert set(chosen) <= set(names)
     mark = pytest.mark.accelerator
     return [pytest.param(name, marks=mark) if name in chosen else name for name in names]

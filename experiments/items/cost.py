@@ -71,8 +71,8 @@ class Steps(NamedTuple):
 # The order of gradients matters only where a scale lies on an output, as in the MLP and the
 # transformer at small batches. In the other networks nearly every output is larger than its weight.
 WITH_UNORDERED = (*ALL, "wnjax-wrap-unordered")
-# The head of GPT-2 is its embedding table. Here it is a layer of its own, of which Linen's
-# WeightNorm too can take the norm: 163 million parameters instead of 124.
+# GPT-2 uses its embedding table as its head. This decoder has a head of its own, because Linen's
+# WeightNorm cannot wrap the table. So it has 163 million parameters instead of 124.
 GPT2 = Transformer(
     layers=12,
     width=768,
