@@ -1,5 +1,6 @@
 """`wnjax.linen.WeightNorm` against the same modules without it, and against sums by hand."""
 
+import copy
 from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import serialization
+from flax import nnx, serialization
 from flax.training.train_state import TrainState
 from flax.traverse_util import flatten_dict, unflatten_dict
 
@@ -202,6 +203,40 @@ def test_methods_of_the_module_and_of_the_outer_one(decode):
     code = X @ np.asarray(net["encoder"]["kernel"])
     assert_close(y, 2 * code @ np.asarray(net["decoder"]["kernel"]))
     assert_close(2 * module.apply(variables, X), y)
+
+
+def test_apply_and_init_take_the_name_of_a_method():
+    module = WeightNorm(Autoencoder())
+    variables = module.init(KEY, X)
+    weights = {"params": wnjax.fold(variables)["params"]["layer_instance"]}
+    code = X[:, :2]
+    want = Autoencoder().apply(weights, code, method="decode")
+    assert_close(module.apply(variables, code, method="decode"), want)
+    assert_close(module.bind(variables).decode(code), want)
+    alone = module.init(KEY, code, method="decode")["params"]["layer_instance"]
+    assert alone["decoder"]["kernel"].g.shape == (1, 3)
+    with pytest.raises(AttributeError, match="no attribute"):
+        module.apply(variables, code, method="dekode")
+
+
+def test_copies_are_equal():
+    module = WeightNorm(nn.Dense(3))
+    for one in (copy.deepcopy(module), copy.copy(module), module.clone()):
+        assert one == module
+
+
+NO_MODULES = {
+    "array": (jnp.ones((3, 4)), "but got a .*: wnjax.weight_norm takes trees of arrays"),
+    "class": (nn.Dense, "but got the class Dense: make an instance of it first"),
+    "nnx": (nnx.Linear(3, 4, rngs=nnx.Rngs(0)), "wnjax.nnx.WeightNorm takes those"),
+}
+
+
+@pytest.mark.parametrize("case", NO_MODULES)
+def test_what_is_no_module_is_refused(case):
+    given, message = NO_MODULES[case]
+    with pytest.raises(TypeError, match=message):
+        WeightNorm(given)
 
 
 def test_every_call_that_makes_parameters_normalizes_them():

@@ -213,3 +213,20 @@ def test_a_step_on_shards_is_that_on_the_whole(make, how, split):
     expected = step(tree, x, how=None)
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), found, expected)
     assert all(float(jnp.abs(expected[name] - tree[name]).max()) > 1e-4 for name in tree)
+
+
+@pytest.mark.parametrize("dtype", [jnp.int32, jnp.uint8, jnp.bool_])
+@pytest.mark.parametrize("use_bias", [True, False])
+@pytest.mark.parametrize("param_dtype", [jnp.float32, jnp.bfloat16])
+def test_integers_are_taken_as_batch_norm_takes_them(dtype, use_bias, param_dtype):
+    x = jnp.arange(12).reshape(6, 2).astype(dtype)
+    options = {"use_running_average": False, "use_bias": use_bias, "param_dtype": param_dtype}
+    layer = wnjax.linen.MeanOnlyBatchNorm(**options)
+    y, variables = layer.init_with_output(jax.random.key(0), x)
+    with jax.numpy_dtype_promotion("standard"):
+        theirs = nn.BatchNorm(use_scale=False, **options)
+        assert y.dtype == theirs.init_with_output(jax.random.key(0), x)[0].dtype
+    by_hand = np.asarray(x, np.float64) - np.asarray(x, np.float64).mean(0)
+    np.testing.assert_allclose(y.astype(jnp.float32), by_hand, rtol=1e-2)
+    assert variables["batch_stats"]["mean"].dtype == jnp.float32
+    np.testing.assert_array_equal(y, wnjax.nnx.MeanOnlyBatchNorm(2, rngs=nnx.Rngs(0), **options)(x))

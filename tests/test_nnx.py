@@ -3,6 +3,7 @@
 from functools import partial
 
 import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -484,3 +485,17 @@ def test_gains_are_frozen_by_a_filter():
     for path in before:
         chex.assert_trees_all_equal(after[path]["g"], before[path]["g"])
         assert (after[path]["v"] != before[path]["v"]).any()
+
+
+NO_MODULES = {
+    "array": (jnp.ones((3, 4)), "but got a .*: wnjax.weight_norm takes trees of arrays"),
+    "class": (nnx.Linear, "but got the class Linear: make an instance of it first"),
+    "linen": (nn.Dense(3), "wnjax.linen.WeightNorm takes those"),
+}
+
+
+@pytest.mark.parametrize("case", NO_MODULES)
+def test_what_is_no_module_is_refused(case):
+    given, message = NO_MODULES[case]
+    with pytest.raises(TypeError, match=message):
+        wnjax.nnx.WeightNorm(given)

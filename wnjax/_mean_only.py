@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -54,11 +55,14 @@ def centered(
     feature_axes: tuple[int, ...],
     dtype: Any = None,
 ) -> jax.Array:
-    """X − μ + b, in float32 or wider, and then as `dtype`, or as x and b are."""
+    """The sum x − μ + b in float32 or wider, cast to `dtype`, or to that of x and b."""
     shape = [size if axis in feature_axes else 1 for axis, size in enumerate(x.shape)]
     wide = norm_dtype(x.dtype)
     y = x.astype(wide) - mean.astype(wide).reshape(shape)
+    dtypes = [x.dtype] if jnp.issubdtype(x.dtype, jnp.inexact) else []
     if bias is not None:
-        dtype = jnp.promote_types(x.dtype, bias.dtype) if dtype is None else dtype
         y = y + bias.astype(wide).reshape(shape)
-    return y.astype(x.dtype if dtype is None else dtype)
+        dtypes.append(bias.dtype)
+    if dtype is None:
+        dtype = functools.reduce(jnp.promote_types, dtypes or [wide])
+    return y.astype(dtype)

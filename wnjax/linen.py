@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from types import MethodType
 from typing import Any
 
 import flax.linen as nn
@@ -13,6 +14,7 @@ from flax.core import lift
 from flax.linen import transforms
 
 from wnjax._axes import Axes, Neuron, decide
+from wnjax._check_module import check_module
 from wnjax._leaves import flatten
 from wnjax._mean_only import batch_mean, canonical, centered, running
 from wnjax._neurons import neurons
@@ -56,6 +58,26 @@ class WeightNorm(nn.Module):
     layer_instance: nn.Module
     axes: Axes | str = "traced"
 
+    def __post_init__(self) -> None:
+        """Checks the module.
+
+        Raises:
+          TypeError: if `layer_instance` is no instance of a Linen module.
+        """
+        check_module("wnjax.linen.WeightNorm", self.layer_instance, nn.Module)
+        super().__post_init__()
+
+    def __getattr__(self, name: str) -> Any:
+        """Finds the methods of the module, so that `init` and `apply` take `method="encode"`."""
+        layer = self.__dict__.get("layer_instance")
+        if not callable(getattr(type(layer), name, None)):
+            return super().__getattr__(name)
+
+        def call(self: WeightNorm, *args: Any, **kwargs: Any) -> Any:
+            return self(*args, method=name, **kwargs)
+
+        return MethodType(call, self)
+
     @nn.compact
     def __call__(
         self, *args: Any, method: str | Callable[..., Any] | None = None, **kwargs: Any
@@ -65,7 +87,7 @@ class WeightNorm(nn.Module):
         Args:
           *args: go to the module.
           method: the name of one of its methods, or a function whose first argument it is; else
-            `__call__`.
+            `__call__`. At the top level `init` and `apply` take the name.
           **kwargs: go to the module.
 
         Returns:
@@ -186,7 +208,8 @@ class MeanOnlyBatchNorm(nn.Module):
           mask: booleans that broadcast to x: what the mean is taken over.
 
         Returns:
-          An array of x's shape.
+          An array of x's shape, of the dtype that Flax's BatchNorm would give it: `dtype`, or that
+          of x and the bias together; float32 where both are missing or of integers.
         """
         from_past = nn.merge_param(
             "use_running_average", self.use_running_average, use_running_average

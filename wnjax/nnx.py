@@ -12,6 +12,7 @@ from flax import nnx
 
 from wnjax._axes import Axes, Neuron, canonical_axes, decide
 from wnjax._axis_name import check_split
+from wnjax._check_module import check_module
 from wnjax._leaves import as_apart, box_node, flatten, listing, rebox, unbox, unbox_node
 from wnjax._mean_only import batch_mean, canonical, centered, running
 from wnjax._neurons import neurons
@@ -68,7 +69,9 @@ class WeightNorm(nnx.Module):
         Raises:
           ValueError: if no Param is a weight, or if the axes do not fit; see `weight_norm`. If
             axes are given for Params that are nodes already, or one of these is a `LogWeightNorm`.
+          TypeError: if `layer_instance` is no instance of an NNX module.
         """
+        check_module("wnjax.nnx.WeightNorm", layer_instance, nnx.Module)
         self.layer_instance = layer_instance
         self.g: Any = nnx.Dict()
         self.fan_in_axes: tuple[tuple[str, tuple[int, ...]], ...] = ()
@@ -309,7 +312,8 @@ class MeanOnlyBatchNorm(nnx.Module):
           mask: booleans that broadcast to x: what the mean is taken over.
 
         Returns:
-          An array of x's shape.
+          An array of x's shape, of the dtype that Flax's BatchNorm would give it: `dtype`, or that
+          of x and the bias together; float32 where both are missing or of integers.
 
         Raises:
           ValueError: if neither the call nor the module says which mean to take.
