@@ -432,3 +432,156 @@ def test_a_bias_added_after_a_mean_only_batch_norm():
     found = wnjax.data_init(fn, params, x)
     assert_standardized(fn(found, x))
     np.testing.assert_allclose(found["bias"], 0, atol=1e-5)
+
+
+def side_by_side(params, x):
+    """Two dense layers, each of an input of its own, as one weight."""
+    y = jnp.einsum("bsi,sio->bso", x, params["kernel"])
+    return y + jnp.broadcast_to(params["bias"], y.shape)
+
+
+BROKEN = {"nan": jnp.nan, "infinite": -jnp.inf, "overflow": 3e38}
+
+
+@pytest.mark.parametrize("value", BROKEN)
+@pytest.mark.parametrize("form", ["plain", "nodes", "log", "jit"])
+def test_moments_that_are_not_finite_leave_neurons_as_they_were(value, form):
+    """One number of the first layer's input is broken; the second layer has an input of its own."""
+    params = {"kernel": normal(2, 3, 4), "bias": normal(2, 4, seed=1)}
+    x = 2 + normal(200, 2, 3, seed=2)
+    broken = x.at[7, 0, 1].set(BROKEN[value])
+    axes = {"kernel": (0, 2), "bias": None}
+    if form in ("nodes", "log"):
+        params = wnjax.weight_norm(params, axes, log_scale=form == "log")
+    init = partial(wnjax.data_init, side_by_side, params, report=True)
+    want, _ = init(x)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found, report = jax.jit(init)(broken) if form == "jit" else init(broken)
+    for i, expected in enumerate([params, want]):
+        one, other = (jax.tree.map(lambda p, i=i: p[i], tree) for tree in (found, expected))
+        chex.assert_trees_all_close(one, other, rtol=1e-6, atol=1e-6)
+    assert [int(report[name].not_finite) for name in ("kernel", "bias")] == [4, 4]
+    assert "4 neurons without finite moments" in wnjax.summary(report)
+    messages = [str(one.message) for one in caught]
+    said = ["not finite" in m and "kernel: 4 of 8" in m and "bias: 4 of 8" in m for m in messages]
+    assert said == ([] if form == "jit" else [True])
+
+
+def test_neurons_that_are_constant_are_warned_of():
+    """A layer that passes nothing on, so that all after it says nothing of the minibatch."""
+
+    def fn(params, x):
+        return dense(params["b"], jnp.maximum(dense(params["a"], x) - 100, 0))
+
+    params = {name: {"kernel": normal(4, 4), "bias": jnp.ones(4)} for name in "ab"}
+    with pytest.warns(UserWarning, match=r"are constant .*\n  b/kernel: 4 of 4"):
+        found, report = wnjax.data_init(fn, params, normal(100, 4), report=True)
+    assert int(report["b"]["kernel"].constant) == 4
+    chex.assert_trees_all_close(found["b"]["kernel"], params["b"]["kernel"], rtol=1e-6)
+    np.testing.assert_array_equal(found["b"]["bias"], 0)
+
+
+@pytest.mark.parametrize("kind", ["parameters", "computation", "long v"])
+def test_float16(kind):
+    """Moments are float32, so that float16 gets what float32 gets, to its rounding."""
+    x, params = 1 + normal(400, 16), {"kernel": normal(16, 8), "bias": jnp.zeros(8)}
+    want = wnjax.data_init(dense, params, x)
+    dtype = jnp.float16
+
+    def fn(params, x):
+        return dense(*(jax.tree.map(lambda p: p.astype(dtype), tree) for tree in (params, x)))
+
+    given = params
+    if kind == "parameters":
+        given = jax.tree.map(lambda p: p.astype(dtype), params)
+    if kind == "long v":  # v in float16 is infinite
+        given = wnjax.weight_norm(params)
+        given["kernel"] = given["kernel"]._replace(v=1e6 * params["kernel"])
+    found, report = wnjax.data_init(fn, given, x, report=True)
+    assert report["kernel"].action == "initialized"
+    assert int(report["kernel"].not_finite) == 0
+    chex.assert_trees_all_equal_shapes_and_dtypes(found, given)
+    if kind == "long v":
+        np.testing.assert_array_equal(found["kernel"].v, given["kernel"].v)
+    low = jax.tree.map(lambda p: p.astype(jnp.float32), wnjax.fold(found))
+    chex.assert_trees_all_close(low, want, rtol=4e-3, atol=4e-3)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_loops_of_one_step_share_no_weights(inside):
+    """Around a layer, and around or inside of a scan over layers, whose weights are their own."""
+
+    def layers(params, x):
+        def layer(x, p):
+            body = lambda x: jnp.tanh(dense(p, x))  # noqa: E731
+            return (jax.lax.map(body, x[None])[0] if inside else body(x)), None
+
+        return jax.lax.scan(layer, x, params)[0]
+
+    def fn(params, x):
+        def step(carry, x):
+            return dense(params["head"], layers(params["stack"], x)), None
+
+        if inside:
+            return step(None, x)[0]
+        return jax.lax.scan(lambda c, x: (step(c, x)[0], None), jnp.zeros((200, 2)), x[None])[0]
+
+    def plain(params, x):
+        for i in range(3):
+            x = jnp.tanh(dense(jax.tree.map(lambda p, i=i: p[i], params["stack"]), x))
+        return dense(params["head"], x)
+
+    params = {
+        "stack": {"kernel": normal(3, 4, 4), "bias": jnp.zeros((3, 4))},
+        "head": {"kernel": normal(4, 2), "bias": jnp.zeros(2)},
+    }
+    x = 1 + normal(200, 4)
+    found = wnjax.data_init(fn, params, x)
+    assert_standardized(plain(found, x))
+    layers_apart = {f"{i}": jax.tree.map(lambda p, i=i: p[i], params["stack"]) for i in range(3)}
+
+    def apart(params, x):
+        for i in range(3):
+            x = jnp.tanh(dense(params[f"{i}"], x))
+        return dense(params["head"], x)
+
+    want = wnjax.data_init(apart, layers_apart | {"head": params["head"]}, x)
+    stack = jax.tree.map(lambda *p: jnp.stack(p), *(want[f"{i}"] for i in range(3)))
+    chex.assert_trees_all_close(found, {"stack": stack, "head": want["head"]}, rtol=1e-5, atol=1e-6)
+
+
+def test_a_recurrent_network_on_one_time_step():
+    def fn(params, xs):
+        def step(h, x):
+            h = jnp.tanh(x @ params["x"] + h @ params["h"])
+            return h, h
+
+        return jax.lax.scan(step, jnp.zeros((100, 4)), xs)[1][-1] @ params["head"]
+
+    params = {"x": normal(3, 4), "h": normal(4, 4), "head": normal(4, 2)}
+    x = normal(1, 100, 3)
+    found = wnjax.data_init(fn, params, x)
+    np.testing.assert_allclose((x[0] @ found["x"]).std(0), 1, rtol=1e-5)
+    np.testing.assert_allclose(fn(found, x).std(0), 1, rtol=1e-5)
+    np.testing.assert_allclose(found["h"], params["h"], rtol=1e-6)  # the first state is constant
+
+
+def test_weights_without_elements_are_left_alone():
+    """Low-rank updates of rank 0, beside a weight that is initialized."""
+
+    def fn(params, x):
+        return dense(params["dense"], x) + x @ params["a"] @ params["b"]
+
+    params = {
+        "dense": {"kernel": normal(3, 4), "bias": jnp.zeros(4)},
+        "a": normal(3, 0),
+        "b": normal(0, 4),
+    }
+    x = normal(100, 3)
+    with pytest.warns(UserWarning, match=r"alone:\n  a: it has no elements\n  b: it has no elem"):
+        found = wnjax.data_init(fn, params, x)
+    chex.assert_trees_all_equal_shapes_and_dtypes(found, params)
+    assert_standardized(fn(found, x))
+    with pytest.raises(ValueError, match=r"kernel: its output has no elements: the minibatch"):
+        wnjax.data_init(dense, params["dense"], x[:0])

@@ -116,3 +116,15 @@ def test_weights_as_an_argument(tmp_path):
     assert not has_norm(program)
     again = export.deserialize(program.serialize())
     np.testing.assert_array_equal(again.call(weights, X), jax.jit(toys.mlp)(weights, X))
+
+
+@pytest.mark.parametrize("log_scale", [False, True])
+def test_nodes_as_an_argument(log_scale):
+    """One program for many (g, v): its bytes say what the nodes are."""
+    axes = wnjax.neurons(toys.mlp, toys.mlp_params(), X)
+    nodes = wnjax.weight_norm(toys.mlp_params(), axes, log_scale=log_scale)
+    program = export.export(jax.jit(wnjax.wrap(toys.mlp)))(nodes, X)
+    again = export.deserialize(program.serialize())
+    other = jax.tree.map(lambda p: 1.5 * p, nodes)
+    want = toys.mlp(wnjax.fold(other), X)
+    np.testing.assert_allclose(again.call(other, X), want, rtol=1e-5, atol=1e-5)

@@ -1,5 +1,8 @@
 """The transform and its inverse: the function kept, both of g and v trained, errors told."""
 
+from functools import partial
+
+import chex
 import equinox as eqx
 import flax.linen as nn
 import haiku as hk
@@ -182,6 +185,34 @@ def test_haiku_tree_with_explicit_axes():
     np.testing.assert_array_equal(net.apply(wnjax.fold(normalized), x), net.apply(params, x))
 
 
+FUNCTIONS_OF_NODES = {
+    "fold": wnjax.fold,
+    "wrap": wnjax.wrap(lambda params: params),
+    "norms": wnjax.norms,
+    "labels": wnjax.labels,
+    "summary": wnjax.summary,
+    "weight_normalized": wnjax.weight_normalized(optax.sgd(0.1)).init,
+    "keep_norms": wnjax.keep_norms().init,
+    "data_init": lambda tree: wnjax.data_init(lambda params: params, tree),
+    "neurons": lambda tree: wnjax.neurons(lambda params: params, tree),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS_OF_NODES)
+def test_haikus_immutable_dicts_are_refused(name):
+    """They flatten what is put in them, so that a node is two leaves and not found again."""
+    plain = {"linear": {"kernel": jnp.ones((3, 4)), "b": jnp.zeros(4)}}
+    nodes = hk.data_structures.to_immutable_dict(wnjax.weight_norm(plain))
+    assert len(jax.tree.leaves(nodes)) == 3
+    with pytest.raises(ValueError, match=r"a FlatMap keeps its content .*to_mutable_dict"):
+        FUNCTIONS_OF_NODES[name]({"model": nodes})
+    frozen = hk.data_structures.to_immutable_dict(plain)
+    with pytest.raises(ValueError, match=r"a FlatMap keeps its content .*to_mutable_dict"):
+        wnjax.weight_norm(frozen, axes={".*": -1})
+    mutable = hk.data_structures.to_mutable_dict(nodes)
+    chex.assert_trees_all_equal(wnjax.fold(mutable), plain)
+
+
 def test_log_scale_computes_and_trains_the_same_function():
     fn, params, x = toys.linen("dense")
     normalized = wnjax.weight_norm(params, log_scale=True)
@@ -327,3 +358,29 @@ class TestErrors:
             wnjax.fold(tree)
         with pytest.raises(ValueError, match=r"^layer: log_g of shape \(1, 3\) does not fit"):
             wnjax.fold({"layer": wnjax.LogWeightNorm(jnp.ones((1, 3)), jnp.ones((3, 4)))})
+
+
+def test_weights_without_elements_compute_and_train_nothing():
+    """A low-rank update of rank 0 beside a weight: in every form that of the weight alone."""
+    params = {"a": jnp.ones((3, 0)), "b": jnp.ones((0, 4)), "w": jnp.arange(12.0).reshape(3, 4)}
+    x = jnp.ones((5, 3))
+
+    def fn(params, x):
+        return x @ params["a"] @ params["b"] + x @ params["w"]
+
+    def loss(fn, params):
+        return jnp.sum(fn(params, x) ** 2)
+
+    axes = wnjax.neurons(fn, params, x)
+    nodes = wnjax.weight_norm(params, axes)
+    chex.assert_trees_all_equal(wnjax.fold(nodes), params)
+    alone = wnjax.weight_norm({"w": params["w"]}, {"w": 1})
+    grads = jax.grad(partial(loss, wnjax.wrap(fn)))(nodes)
+    want = jax.grad(partial(loss, wnjax.wrap(lambda params, x: x @ params["w"])))(alone)
+    chex.assert_trees_all_close(grads["w"], want["w"], rtol=1e-6)
+    chex.assert_tree_all_finite(grads)
+    for optimizer in (wnjax.weight_normalized(optax.sgd(0.1, momentum=0.9), axes), wnjax.keep_norms(axes)):
+        plain = jax.grad(partial(loss, fn))(params)
+        updates, _ = optimizer.update(plain, optimizer.init(params), params)
+        chex.assert_trees_all_equal_shapes(updates, params)
+        chex.assert_tree_all_finite(updates)

@@ -29,7 +29,7 @@ from wnjax._nodes import (
     squared_norm_of,
     weight,
 )
-from wnjax._standardize import Standardization
+from wnjax._standardize import Found, Standardization
 from wnjax._walk.tracks import Use
 from wnjax._walk.walker import Walk
 from wnjax._weight_norm import fold_leaf, split
@@ -48,25 +48,30 @@ class Initialized:
       detail: the path of the bias, or of the weight that it is the bias of; or why it was skipped.
       samples: how many numbers stood behind every moment, masked ones included.
       constant: how many neurons are constant on the minibatch; they kept their gain.
+      not_finite: how many neurons have moments that are not finite; they kept gain and bias.
     """
 
     action: str = dataclasses.field(metadata={"static": True})
     detail: str = dataclasses.field(default="", metadata={"static": True})
     samples: int = dataclasses.field(default=0, metadata={"static": True})
     constant: Any = 0
+    not_finite: Any = 0
 
     def describe(self) -> str:
         """All of it in one line."""
         if self.action == "skipped":
             return f"no: {self.detail}"
+        counts = ((self.constant, "constant"), (self.not_finite, "without finite moments"))
+        kept = "".join(f", {_known(n):,} neurons {what}" for n, what in counts if _known(n))
         if self.action == "bias":
-            return f"bias of {self.detail}"
+            return f"bias of {self.detail}{kept}"
         bias = f" with {self.detail}" if self.detail else ""
-        is_known = not isinstance(self.constant, jax.core.Tracer)
-        constant = (
-            f", {int(self.constant):,} neurons constant" if is_known and self.constant else ""
-        )
-        return f"{self.action}{bias}, {self.samples:,} samples a neuron{constant}"
+        return f"{self.action}{bias}, {self.samples:,} samples a neuron{kept}"
+
+
+def _known(number: Any) -> int:
+    """The value of a count; 0 inside `jit` and other transformations, where it has none yet."""
+    return 0 if isinstance(number, jax.core.Tracer) else int(number)
 
 
 def data_init(  # noqa: PLR0913 - all but fn and params are options, by name
@@ -88,7 +93,9 @@ def data_init(  # noqa: PLR0913 - all but fn and params are options, by name
     so that w·x + b = (t − μ[t])/σ[t] has mean 0 and standard deviation 1, and it is this that goes
     on to the next layer. Without a bias the mean stays. A bias that is added later than the
     sum is set to minus the mean that arrives there. A neuron that is constant on the minibatch, to
-    rounding, keeps its gain, and gets its bias. Directions v are not changed.
+    rounding, keeps its gain, and gets its bias. A neuron whose mean or standard deviation is not
+    finite keeps both. The report counts these neurons, and outside `jit` a warning names their
+    weights. Moments are float32 or wider, for float16 models too. Directions v are not changed.
 
     Source: Salimans & Kingma 2016, https://arxiv.org/abs/1602.07868, equations 5 and 6.
 
@@ -146,8 +153,9 @@ def data_init(  # noqa: PLR0913 - all but fn and params are options, by name
     check_not_apart(given)
     plan = _Plan(examined, [unbox_node(leaf) for _, leaf in given], std)
     nodes = {i: plan.node(i, *given[i]) for i in plan.stds}
+    computed = {i: plan.in_range(i, node) for i, node in nodes.items()}
     values = treedef.unflatten(
-        rebox(outer_box(leaf), nodes[i].v) if i in nodes else fold_leaf(path, leaf)
+        rebox(outer_box(leaf), computed[i].v) if i in computed else fold_leaf(path, leaf)
         for i, (path, leaf) in enumerate(given)
     )
     standardization = Standardization(
@@ -158,10 +166,15 @@ def data_init(  # noqa: PLR0913 - all but fn and params are options, by name
         Minibatch(None if mask is None else jnp.asarray(mask), axis_name),
     )
     known = examined.known(values, *args, **kwargs)
-    found = standardization.results(known, {i: scale(node) for i, node in nodes.items()})
+    found = standardization.results(known, {i: scale(node) for i, node in computed.items()})
     plan.warn(standardization.samples)
+    plan.warn_of_kept(found)
     initialized = treedef.unflatten(
-        _initialized(leaf, nodes.get(i), found[i]) if i in found else leaf
+        leaf
+        if i not in found
+        else _with_gains(leaf, nodes[i], _gains(computed[i], found[i]))
+        if i in nodes
+        else _with_bias(leaf, found[i])
         for i, (_, leaf) in enumerate(given)
     )
     if not report:
@@ -231,7 +244,9 @@ class _Plan:
             != math.prod(shape[axis] for axis in use.scanned),
             "used in a branch alone": not use.site.is_certain,
             "used inside a loop or derivatives that are not seen through": not use.site.is_direct,
-            "no operation computes its neurons alone, in float32 or bfloat16": not use.rides,
+            "it has no elements": 0 in shape,
+            "its output has no elements: the minibatch has no examples": use.output_size == 0,
+            "no operation computes its neurons alone": not use.rides,
             f"its norm does not run over axes {(*sorted(shared),)}, which are summed": shared,
             "its layers share a gain": long - gains,
         }
@@ -254,6 +269,13 @@ class _Plan:
             return type(node)(*map(jnp.asarray, node))
         return split(path, jnp.asarray(unbox(given)), tuple(self.uses[leaf][0].features))
 
+    def in_range(self, leaf: int, node: Node) -> Node:
+        """The node with which to compute: of length 1 where float16 may not hold v·x."""
+        if not self.uses[leaf][0].is_narrow:
+            return node
+        unit = weight(WeightNorm(jnp.ones_like(gain(node)), node.v))
+        return WeightNorm(gain(node), unit)
+
     def warn(self, samples: Mapping[int, int]) -> None:
         """Of weights that were left alone, and of moments that mean little."""
         alone = [leaf for leaf in self.reasons if self._is_wanted(leaf)]
@@ -268,6 +290,28 @@ class _Plan:
                 stacklevel=3,
             )
 
+    def warn_of_kept(self, found: Mapping[int, Found]) -> None:
+        """Of neurons of which the minibatch says nothing, where their numbers are known."""
+        causes = {
+            "the mean or the standard deviation of these neurons is not finite, so that they keep "
+            "their gains and biases. Look for NaN and infinite values in the minibatch": {
+                leaf: ~one.is_finite for leaf, one in found.items()
+            },
+            "these neurons are constant on the minibatch, so that they keep their gains. Look "
+            "for a layer before them that passes nothing on": {
+                leaf: one.is_constant for leaf, one in found.items()
+            },
+        }
+        for cause, masks in causes.items():
+            counts = {leaf: _known(mask.sum()) for leaf, mask in masks.items()}
+            lines = [
+                f"{self.paths[leaf]}: {count:,} of {masks[leaf].size:,}"
+                for leaf, count in counts.items()
+                if count
+            ]
+            if lines:
+                warnings.warn(f"data_init: {cause}:{listing(lines)}", stacklevel=3)
+
     def _is_wanted(self, leaf: int) -> bool:
         """Whether a leaf is one to initialize, if that can be done."""
         if any(self.nodes):
@@ -275,19 +319,20 @@ class _Plan:
         return not isinstance(self.decisions[leaf], NotNeuron)
 
     def report(
-        self, leaf: int, found: Mapping[int, Any], samples: Mapping[int, int]
+        self, leaf: int, found: Mapping[int, Found], samples: Mapping[int, int]
     ) -> Initialized:
         """What was done to a leaf."""
         weights = {bias: weight for weight, bias in self.biases.items()}
         if leaf in self.stds and leaf in found:
             has_bias = self.biases.get(leaf) in found
-            constant = found[leaf].is_constant.sum()
-            detail = self.paths[self.biases[leaf]] if has_bias else ""
             action = "initialized" if has_bias else "scale only"
-            return Initialized(action, detail, samples[leaf], constant)
-        if leaf in found:
-            return Initialized("bias", self.paths[weights[leaf]], samples[leaf])
-        return Initialized("skipped", self.reasons.get(leaf, "never computed"))
+            detail = self.paths[self.biases[leaf]] if has_bias else ""
+        elif leaf in found:
+            action, detail = "bias", self.paths[weights[leaf]]
+        else:
+            return Initialized("skipped", self.reasons.get(leaf, "never computed"))
+        constant, not_finite = found[leaf].is_constant.sum(), (~found[leaf].is_finite).sum()
+        return Initialized(action, detail, samples[leaf], constant, not_finite)
 
 
 def _stds(std: float | Mapping[str, float], paths: Sequence[str]) -> list[float]:
@@ -303,17 +348,23 @@ def _stds(std: float | Mapping[str, float], paths: Sequence[str]) -> list[float]
     return stds
 
 
-def _initialized(leaf: Any, node: Node | None, found: Any) -> Any:
-    """A leaf as it is after the initialization, given its node or, for a bias, its new value."""
-    if node is None:
-        return rebox(leaf, found.astype(unbox(leaf).dtype))
-    squared_norm = squared_norm_of(node)
-    new = jnp.where(found.is_constant, gain(node), found.scale * root(squared_norm))
+def _gains(node: Node, found: Found) -> jax.Array:
+    """The gains of a weight after the initialization, given the node that was computed with."""
+    return jnp.where(found.is_kept, gain(node), found.value * root(squared_norm_of(node)))
+
+
+def _with_gains(leaf: Any, node: Node, gains: jax.Array) -> Any:
+    """A weight, plain or a node, with other gains."""
     given = unbox_node(leaf)
     if given is None:
-        return rebox(leaf, weight(WeightNorm(new, node.v)))
+        return rebox(leaf, weight(WeightNorm(gains, node.v)))
     if isinstance(given, LogWeightNorm):
-        new = jnp.log(jnp.maximum(new, jnp.finfo(new.dtype).tiny))
-    new = new.astype(jnp.result_type(given[0]))
+        gains = jnp.log(jnp.maximum(gains, jnp.finfo(gains.dtype).tiny))
     boxed = unbox(leaf)
-    return rebox(leaf, type(given)(rebox(boxed[0], new), boxed.v))
+    gains = gains.astype(jnp.result_type(given[0]))
+    return rebox(leaf, type(given)(rebox(boxed[0], gains), boxed.v))
+
+
+def _with_bias(leaf: Any, found: Found) -> Any:
+    bias = unbox(leaf)
+    return rebox(leaf, jnp.where(found.is_kept, bias, found.value.astype(bias.dtype)))

@@ -212,11 +212,17 @@ class Evaluation:
         return self.scaled(zip(outs, [*carry, *ys], strict=True), scales)
 
     def stacked(self, key: Key, found: Any) -> tuple[Key, Any]:
-        """What every step of a scan found, along the axis of the leaf that the scan runs over."""
+        """What every step of a scan found, along the axis of the leaf that the scan runs over.
+
+        Where it runs over no axis of the leaf, there is but one step.
+        """
         leaf, scanned = key
-        ((axis, depth),) = ((axis, depth) for axis, depth in scanned if depth == self.walk.depth)
+        here = [(axis, depth) for axis, depth in scanned if depth == self.walk.depth]
+        if not here:
+            return key, jax.tree.map(lambda x: x.squeeze(0), found)
+        ((axis, _),) = here
         one = jax.tree.map(lambda x: jnp.moveaxis(x.squeeze(axis + 1), 0, axis), found)
-        return (leaf, scanned - {(axis, depth)}), one
+        return (leaf, scanned.difference(here)), one
 
     def sliced(
         self, xs: Sequence[Known], scales: Scales

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
@@ -10,7 +11,7 @@ from flax import linen as nn
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from wnjax._nodes import Node, is_node
+from wnjax._nodes import NODES, Node, is_node
 
 NNXMeta = nnx.bridge.NNXMeta
 APART = "gain_of_weight_norm"  # in the metadata of a gain that is apart from its v
@@ -81,7 +82,35 @@ def flatten(tree: Any) -> tuple[list[tuple[str, Any]], Any]:
     pairs, treedef = jax.tree_util.tree_flatten_with_path(
         tree, is_leaf=lambda x: is_box(x) or is_node(x)
     )
+    if any(NODES & _types(kept) for _, kept in _flattened(treedef)):
+        check_holds_nodes(treedef)
     return [(jax.tree_util.keystr(p, simple=True, separator="/"), x) for p, x in pairs], treedef
+
+
+def check_holds_nodes(treedef: jax.tree_util.PyTreeDef) -> None:
+    """Raises ValueError if a container in a tree would hide the nodes that are put in it."""
+    for container, _ in _flattened(treedef):
+        raise ValueError(
+            f"a {container.__name__} keeps its content flattened, so that weight-norm nodes in it "
+            "are not found again. Use a dict in its place; Haiku has "
+            "haiku.data_structures.to_mutable_dict(params)"
+        )
+
+
+def _flattened(
+    treedef: jax.tree_util.PyTreeDef,
+) -> list[tuple[type, jax.tree_util.PyTreeDef]]:
+    """The containers that keep a flattened structure, each with that structure."""
+    container, kept = treedef.node_data() or (object, None)
+    own = [(container, kept)] if isinstance(kept, jax.tree_util.PyTreeDef) else []
+    return [*own, *itertools.chain(*map(_flattened, treedef.children()))]
+
+
+def _types(treedef: jax.tree_util.PyTreeDef) -> set[type]:
+    """The types of all containers, those in a flattened structure included."""
+    container, kept = treedef.node_data() or (object, None)
+    inside = [kept] if isinstance(kept, jax.tree_util.PyTreeDef) else []
+    return set[type]().union({container}, *map(_types, [*treedef.children(), *inside]))
 
 
 def map_leaves(fn: Callable[[str, Any], Any], tree: Any) -> Any:

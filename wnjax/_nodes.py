@@ -6,6 +6,7 @@ import functools
 from typing import Any, NamedTuple, TypeGuard
 
 import jax
+import jax.export
 import jax.numpy as jnp
 
 
@@ -56,6 +57,9 @@ class LogWeightNorm(NamedTuple):
 
 
 Node = WeightNorm | LogWeightNorm
+NODES = frozenset({WeightNorm, LogWeightNorm})
+for _node in NODES:
+    jax.export.register_namedtuple_serialization(_node, serialized_name=f"wnjax.{_node.__name__}")
 
 
 def is_node(x: Any) -> TypeGuard[Node]:
@@ -64,7 +68,8 @@ def is_node(x: Any) -> TypeGuard[Node]:
 
 def norm_dtype(dtype: Any) -> Any:
     """The dtype in which norms accumulate and gains are kept: float32 or wider."""
-    return jnp.dtype(jnp.float32 if jnp.finfo(dtype).bits < 32 else dtype)
+    is_wide = jnp.issubdtype(dtype, jnp.inexact) and jnp.finfo(dtype).bits >= 32
+    return jnp.dtype(dtype if is_wide else jnp.float32)
 
 
 class FanIn(NamedTuple):

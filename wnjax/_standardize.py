@@ -17,15 +17,23 @@ from wnjax._walk.walker import Walk
 
 
 class Found(NamedTuple):
-    """What is right for a weight on this minibatch; arrays of its gain's shape.
+    """What is right for the neurons of a leaf on this minibatch; arrays of its gain's shape.
 
     Attributes:
-      scale: g/‖v‖, so that the standard deviation is what it should be.
-      is_constant: where it is at the level of rounding, so that the scale is what it was.
+      value: for a weight g/‖v‖, so that the standard deviation is what it should be; for a bias
+        its new value.
+      is_constant: where the standard deviation is at the level of rounding.
+      is_finite: where the moments are finite.
     """
 
-    scale: jax.Array
+    value: jax.Array
     is_constant: jax.Array
+    is_finite: jax.Array
+
+    @property
+    def is_kept(self) -> jax.Array:
+        """Where the minibatch says nothing, so that the neuron keeps what it has."""
+        return self.is_constant | ~self.is_finite
 
 
 class Standardization(Evaluation):
@@ -43,10 +51,10 @@ class Standardization(Evaluation):
         super().__init__(walk, stds.keys(), jaxpr)
         self.stds, self.biases, self.minibatch = stds, biases, minibatch
         self.samples: dict[int, int] = {}  # behind the moments of a leaf
-        self.scans = 0  # that are around
+        self.loops: frozenset[int] = frozenset()  # depths of the scans around with several steps
 
-    def results(self, ins: Iterable[Known], scales: Mapping[int, jax.Array]) -> dict[int, Any]:
-        """By leaf: a `Found` for a weight, the new value of a bias."""
+    def results(self, ins: Iterable[Known], scales: Mapping[int, jax.Array]) -> dict[int, Found]:
+        """What is right for every leaf."""
         infos, values = zip(*ins, strict=True)
         keyed = {(leaf, frozenset[Any]()): scale for leaf, scale in scales.items()}
 
@@ -66,10 +74,13 @@ class Standardization(Evaluation):
         ((info, output),) = self.bind(eqn, outs, ins)
         layout = info.sums[0].layout
         found = self.moments(output, layout, scale.shape, track.leaf)
-        is_constant = found.std <= _rounding(output.dtype) * jnp.hypot(found.mean, found.std)
+        level = _rounding(output.dtype) * jnp.hypot(found.mean, found.std)
+        is_constant = _is_finite(found) & (found.std <= level)
         new = self.stds[track.leaf] / jnp.where(is_constant, 1, found.std)
-        new = jnp.where(is_constant, scale, new.astype(scale.dtype))
-        self.found[key_of(track)] = Found(new, is_constant)
+        is_finite = _is_finite(found) & jnp.isfinite(new)
+        right = Found(new.astype(scale.dtype), is_constant, is_finite)
+        self.found[key_of(track)] = right
+        new = jnp.where(right.is_kept, scale, right.value)
         return [(info, times(output, lay_out(new, layout)))]
 
     def equation(self, eqn: Any, ins: Sequence[Known], scales: Scales) -> Sequence[Known]:
@@ -85,13 +96,14 @@ class Standardization(Evaluation):
         tracks = {track.leaf: track for track in other.tracks}
         for neurons in info.sums:
             track = tracks.get(self.biases.get(neurons.leaf, -1))
-            if track and len(track.scanned) == len(neurons.scanned) == self.scans:
+            if track and self.loops <= _depths(track) & _depths(neurons):
                 return track
         return None
 
     def centered(self, eqn: Any, ins: Sequence[Known], value: jax.Array, bias: Track) -> Known:
         """The value minus its mean."""
-        (info,) = self.walk.equation(eqn, [info for info, _ in ins])
+        infos = self.walk.equation(eqn, [info for info, _ in ins])
+        ((info, with_bias),) = self.bind(eqn, infos, ins)
         value = jnp.broadcast_to(value, eqn.outvars[0].aval.shape)
         axes = bias.layout or [repeated(1)] * value.ndim  # a number is added to all
         pairs = zip(axes, value.shape, strict=True)
@@ -99,9 +111,11 @@ class Standardization(Evaluation):
         scanned = {axis for axis, _ in bias.scanned}
         sizes = enumerate(self.walk.shapes[bias.leaf])
         shape = [1 if axis in scanned else size for axis, size in sizes]
-        mean = self.moments(value, layout, shape, bias.leaf).mean
-        self.found[key_of(bias)] = -mean
-        return info, (value.astype(mean.dtype) - lay_out(mean, layout)).astype(value.dtype)
+        found = self.moments(value, layout, shape, bias.leaf)
+        is_finite = _is_finite(found)
+        self.found[key_of(bias)] = Found(-found.mean, jnp.zeros_like(is_finite), is_finite)
+        centered = value.astype(found.mean.dtype) - lay_out(found.mean, layout)
+        return info, jnp.where(lay_out(is_finite, layout), centered.astype(value.dtype), with_bias)
 
     def moments(self, value: jax.Array, layout: Any, shape: Sequence[int], leaf: int) -> Moments:
         """The moments of the neurons of a leaf."""
@@ -115,11 +129,22 @@ class Standardization(Evaluation):
 
     def scan(self, eqn: Any, ins: Sequence[Known], scales: Scales) -> list[Known]:
         """As it is, one scan deeper."""
-        self.scans += 1
+        before = self.loops
+        if eqn.params["length"] > 1:
+            self.loops |= {self.walk.depth}
         try:
             return super().scan(eqn, ins, scales)
         finally:
-            self.scans -= 1
+            self.loops = before
+
+
+def _depths(track: Track) -> frozenset[int]:
+    """How deep the scans are nested that run over a leaf."""
+    return frozenset(depth for _, depth in track.scanned)
+
+
+def _is_finite(found: Moments) -> jax.Array:
+    return jnp.isfinite(found.mean) & jnp.isfinite(found.std)
 
 
 def _rounding(dtype: Any) -> float:

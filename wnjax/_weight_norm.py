@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import warnings
 import zlib
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import chex
@@ -16,6 +17,7 @@ from wnjax._axes import Axes, Neuron, NotNeuron, canonical_axes, decide
 from wnjax._axis_name import AxisName, split_over
 from wnjax._leaves import (
     box_node,
+    check_holds_nodes,
     flatten,
     listing,
     names_on,
@@ -124,6 +126,7 @@ def weight_norm(
            [4.]], dtype=float32)
     """
     boxes, treedef = flatten(params)
+    check_holds_nodes(treedef)
     if normalized := [path for path, leaf in boxes if unbox_node(leaf) is not None]:
         raise ValueError(
             f"these leaves are weight-norm nodes already; fold(params) first:{listing(normalized)}"
@@ -147,7 +150,9 @@ def fold(tree: chex.ArrayTree, *, axis_name: AxisName = None) -> chex.ArrayTree:
 
     Norms accumulate in float32 for bfloat16 and float16. Where v is zero, or ‖v‖²
     under- or overflows (in float32: ‖v‖ below 3.2e-16 or above 1.8e19), w and all its
-    derivatives are 0, never NaN.
+    derivatives are 0, never NaN. Gains that were cast to bfloat16 or float16, as a cast of the
+    whole tree does, have changed the lengths of their neurons, of which a warning tells. Cast what
+    `fold` returns.
 
     Under `jit` with sharded arrays every axis may be sharded. Inside `shard_map` the norm of a
     shard is not the norm: name the mesh axes over which fan-in axes are split in `axis_name`. Then
@@ -198,10 +203,29 @@ def fold(tree: chex.ArrayTree, *, axis_name: AxisName = None) -> chex.ArrayTree:
     """
     leaves, treedef = flatten(tree)
     nodes = {i: node for i, (_, leaf) in enumerate(leaves) if (node := unbox_node(leaf))}
-    mesh_axes = split_over(axis_name, [path for path, _ in leaves], nodes)
+    paths = [path for path, _ in leaves]
+    warn_of_rounded_gains(paths, nodes)
+    mesh_axes = split_over(axis_name, paths, nodes)
     return treedef.unflatten(
         fold_leaf(path, leaf, mesh_axes.get(i, ())) for i, (path, leaf) in enumerate(leaves)
     )
+
+
+def warn_of_rounded_gains(paths: Sequence[str], nodes: Mapping[int, Node]) -> None:
+    """Warns of gains that were cast to a dtype narrower than float32, with all others."""
+    dtypes = {paths[i]: jnp.result_type(node[0]) for i, node in nodes.items()}
+    narrow = [
+        f"{path or 'the node'}: {dtype}"
+        for path, dtype in dtypes.items()
+        if jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32
+    ]
+    if narrow:
+        warnings.warn(
+            "the gains of these weights are in a dtype narrower than float32, and rounding has "
+            "changed the lengths of the neurons. Cast the folded weights instead, or cast inside "
+            f"the function: wrap(lambda params, x: fn(cast(params), x)){listing(narrow)}",
+            stacklevel=3,
+        )
 
 
 def fold_leaf(path: str, leaf: Any, mesh_axes: tuple[str, ...] = ()) -> Any:

@@ -17,8 +17,10 @@ from wnjax._leaves import flatten, outer_box, rebox, unbox, unbox_node
 from wnjax._neurons import examine
 from wnjax._nodes import Node, gain_axes, scale, weight
 from wnjax._riding import is_alone
+from wnjax._walk.rules import is_narrow
 from wnjax._walk.tracks import Use
 from wnjax._walk.walker import Walk
+from wnjax._weight_norm import warn_of_rounded_gains
 
 # Traced once for all leaves of a shape.
 _scale = jax.jit(scale, static_argnames="mesh_axes", inline=True)
@@ -74,7 +76,9 @@ def wrap(fn: Callable[..., Any], *, axis_name: AxisName = None) -> Callable[...,
         nodes = {i: node for i, (_, box) in enumerate(boxes) if (node := unbox_node(box))}
         if not nodes:
             return fn(params, *args, **kwargs)
-        mesh_axes = split_over(axis_name, [path for path, _ in boxes], nodes)
+        paths = [path for path, _ in boxes]
+        warn_of_rounded_gains(paths, nodes)
+        mesh_axes = split_over(axis_name, paths, nodes)
         examined = examine(fn, params, *args, **kwargs)
         riding = _riding(examined.walk, nodes)
         values = treedef.unflatten(
@@ -116,9 +120,10 @@ def _riding(walk: Walk, nodes: Mapping[int, Node]) -> set[int]:
     return {
         leaf
         for leaf, node in nodes.items()
-        if uses[leaf] and leaf not in noted
+        if uses[leaf] and leaf not in noted and node.v.size
         if all(use.rides and use.fan_in.isdisjoint(gain_axes(node)) for use in uses[leaf])
-        if jnp.finfo(node.v.dtype).maxexp > 16  # v·x may leave float16's range where w·x does not
+        if not any(use.is_narrow for use in uses[leaf])  # v·x may overflow where w·x does not
+        if not is_narrow(node.v.dtype)
         if scales_output(
             math.prod(node.v.shape),
             sum(use.output_size * use.site.trips for use in uses[leaf]),

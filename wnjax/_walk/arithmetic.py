@@ -8,7 +8,16 @@ from typing import Any
 import jax.numpy as jnp
 
 from wnjax._walk.layout import Layout, is_complete, leaf_axes, repeated
-from wnjax._walk.rules import Recorder, Rule, end, is_wide, shapes, sources_of, without_ride
+from wnjax._walk.rules import (
+    Recorder,
+    Rule,
+    end,
+    is_narrow,
+    narrowed,
+    shapes,
+    sources_of,
+    without_ride,
+)
 from wnjax._walk.tracks import ACTIVATION, OWN_STATISTICS, Info, Track, is_repeated
 
 
@@ -65,7 +74,9 @@ def _convert(recorder: Recorder, eqn: Any, ins: Sequence[Info]) -> list[Info]:
     dtype = eqn.params["new_dtype"]
     if not jnp.issubdtype(dtype, jnp.inexact):
         return _elementwise(recorder, eqn, ins)
-    return [ins[0] if is_wide(dtype) else without_ride(ins[0])]
+    if not jnp.issubdtype(dtype, jnp.floating):  # complex
+        return [without_ride(ins[0])]
+    return [narrowed(ins[0]) if is_narrow(dtype) else ins[0]]
 
 
 def _mul(recorder: Recorder, eqn: Any, ins: Sequence[Info]) -> list[Info]:

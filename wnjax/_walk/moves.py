@@ -18,7 +18,16 @@ from wnjax._walk.layout import (
     reshape,
     tile,
 )
-from wnjax._walk.rules import Recorder, Rule, end, move, shapes, sources_of, without_ride
+from wnjax._walk.rules import (
+    Recorder,
+    Rule,
+    end,
+    move,
+    narrowed,
+    shapes,
+    sources_of,
+    without_ride,
+)
 from wnjax._walk.tracks import ACTIVATION, Info, is_repeated
 
 
@@ -29,7 +38,7 @@ def _neg(recorder: Recorder, eqn: Any, ins: Sequence[Info]) -> list[Info]:
 
 def _reduce_precision(recorder: Recorder, eqn: Any, ins: Sequence[Info]) -> list[Info]:
     """With a narrow range, v·x may leave it where w·x does not."""
-    return [ins[0] if eqn.params["exponent_bits"] >= 8 else without_ride(ins[0])]
+    return [ins[0] if eqn.params["exponent_bits"] >= 8 else narrowed(ins[0])]
 
 
 def _same(recorder: Recorder, eqn: Any, ins: Sequence[Info]) -> list[Info]:

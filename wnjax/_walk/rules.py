@@ -39,9 +39,15 @@ def unknown(recorder: Recorder, eqn: Any, ins: Sequence[Info]) -> list[Info]:
     return [Info(sources=sources_of(ins)) for _ in eqn.outvars]
 
 
-def is_wide(dtype: Any) -> bool:
-    """Whether v·x fits a dtype as w·x does: it is real, and its range is float32's or so."""
-    return jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).maxexp > 16
+def is_narrow(dtype: Any) -> bool:
+    """Whether v·x may leave the range of a dtype where w·x does not."""
+    return jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).maxexp <= 16
+
+
+def narrowed(info: Info) -> Info:
+    """The same value in a dtype of a narrow range."""
+    tracks = tuple(dataclasses.replace(track, is_narrow=True) for track in info.tracks)
+    return dataclasses.replace(info, tracks=tracks)
 
 
 def without_ride(info: Info) -> Info:

@@ -7,12 +7,14 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import jax.numpy as jnp
+
 from wnjax._walk.layout import atoms_of, repeated
 from wnjax._walk.rules import (
     Recorder,
     Rule,
     end,
-    is_wide,
+    is_narrow,
     shapes,
     sources_of,
     unknown,
@@ -136,11 +138,13 @@ def _use(
             refusal = refusal or f"only part of axis {axis} is summed"
             fan_in.add(axis)
     site, size = recorder.site(eqn), math.prod(eqn.outvars[0].aval.shape)
-    is_safe = is_wide(eqn.outvars[0].aval.dtype) and refusal is None
-    rides = track.is_intact and is_safe and site.is_direct
+    dtype = eqn.outvars[0].aval.dtype
+    is_real = jnp.issubdtype(dtype, jnp.floating)
+    rides = track.is_intact and is_real and refusal is None and site.is_direct
+    narrow = track.is_narrow or is_narrow(dtype)
     scanned = frozenset(axis for axis, _ in track.scanned)
     axes = frozenset(fan_in), frozenset(features)
-    return Use(track.leaf, *axes, refusal, site, size, rides, scanned)
+    return Use(track.leaf, *axes, refusal, site, size, rides, narrow, scanned)
 
 
 def _refusal(changed: str) -> str:

@@ -29,6 +29,7 @@ class Track:
       is_indexed: whether data pick a position: an embedding, an expert.
       is_multiple: whether it was multiplied by anything.
       is_intact: whether it is the whole leaf, but for the axes that scans run over.
+      is_narrow: whether it was cast to a dtype of a narrow range, such as float16.
     """
 
     leaf: int
@@ -39,6 +40,7 @@ class Track:
     is_indexed: bool = False
     is_multiple: bool = False
     is_intact: bool = True
+    is_narrow: bool = False
 
     def moved(self, layout: Layout, **changes: Any) -> Track:
         """The track with another layout; the axes that are no longer in it were picked from."""
@@ -111,6 +113,7 @@ class Use:
       site: where.
       output_size: the number of elements of the output.
       rides: whether a factor of the weight's features can be put on the output instead.
+      is_narrow: whether it is computed in a dtype of a narrow range, such as float16.
       scanned: the axes of the leaf that loops around this run over.
     """
 
@@ -121,6 +124,7 @@ class Use:
     site: Site
     output_size: int
     rides: bool
+    is_narrow: bool
     scanned: frozenset[int]
 
 
