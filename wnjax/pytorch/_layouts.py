@@ -54,11 +54,11 @@ class Layout:
         return tuple(math.prod(shape[axis] for axis in group) for group in self.axes)
 
     def to_torch(self, x: np.ndarray) -> np.ndarray:
-        """A Flax leaf as the PyTorch parameter."""
+        """A Flax leaf as the PyTorch parameter: a contiguous copy, to which PyTorch may write."""
         flipped = np.flip(x, self.flipped)
-        return np.ascontiguousarray(flipped.transpose(self.order)).reshape(
-            self.torch_shape(x.shape)
-        )
+        # np.ascontiguousarray makes no copy of what is contiguous already. It counts an axis of
+        # size 1 as contiguous whatever its stride, and PyTorch refuses negative strides.
+        return np.array(flipped.transpose(self.order), order="C").reshape(self.torch_shape(x.shape))
 
     def to_flax(self, x: np.ndarray, shape: Sequence[int]) -> np.ndarray:
         """A PyTorch parameter as the Flax leaf of `shape`."""
