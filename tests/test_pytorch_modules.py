@@ -16,9 +16,15 @@ from flax import nnx
 import wnjax
 from tests.golden import torch_modules
 from tests.vocoders import (
+    ATTENTION_NAMES,
+    CODEC_LAYOUTS,
     GENERATOR_NAMES,
+    Attention,
+    Codec,
     Generator,
     GroupedConvTranspose,
+    NNXAttention,
+    NNXCodec,
     NNXGenerator,
     Positional,
     Sequence,
@@ -43,7 +49,8 @@ def grouped(features, taps, strides=None, padding=None, dilation=None):
 
 
 UP3 = pads((4,), (1,), (2,), (2,))
-FLIPPED = {"kernel": "conv_transpose"}
+FLIPPED, UNFLIPPED = {"kernel": "conv_transpose"}, {"kernel": "conv"}
+GENERATOR_LAYOUTS = {r"up_\d/kernel": "conv_transpose", r"stack_.*/kernel": "conv"}
 CELL = lstm("OptimizedLSTMCell_0", "lstm")
 # case: (the Flax module, names, layouts)
 MODELS = {
@@ -88,7 +95,7 @@ MODELS = {
             3, (3, 2), strides=(2, 1), padding=pads((3, 2), (1, 0), (1, 0)), transpose_kernel=True
         ),
         None,
-        None,
+        UNFLIPPED,
     ),
     "conv_transpose3d": (
         nn.ConvTranspose(2, (2, 2, 2), strides=(2, 2, 2), padding=pads((2,) * 3, (0,) * 3)),
@@ -97,10 +104,22 @@ MODELS = {
     ),
     "conv_transpose1d_groups": (grouped(6, (4,), (2,), (1,)), None, None),
     "conv_transpose2d_groups": (grouped(4, (3, 3), (2, 2), dilation=(2, 2)), None, None),
-    "conv_transpose3d_groups": (grouped(4, (2, 2, 2)), None, None),
+    "conv_transpose3d_groups": (grouped(4, (2, 2, 2)), None, UNFLIPPED),
     "positional": (Positional(), None, None),
-    "generator": (Generator(), GENERATOR_NAMES, {r"up_\d/kernel": "conv_transpose"}),
+    "generator": (Generator(), GENERATOR_NAMES, GENERATOR_LAYOUTS),
     "sequence": (Sequence(), CELL, None),
+    "codec": (
+        Codec(),
+        None,
+        CODEC_LAYOUTS | {"up/kernel": "conv_transpose", "(smooth|conv)/kernel": "conv"},
+    ),
+    "attention": (Attention(), ATTENTION_NAMES, {"attend/out/kernel": "linear"}),
+}
+# case: (the NNX module, names, layouts of what its modules do not tell)
+NNX_MODELS = {
+    "generator": (NNXGenerator, None, None),
+    "codec": (NNXCodec, None, CODEC_LAYOUTS),
+    "attention": (NNXAttention, ATTENTION_NAMES, None),
 }
 
 
@@ -175,18 +194,22 @@ def comparable(expected):
     return expected
 
 
-@pytest.mark.parametrize(("case", "api"), [("generator", "parametrizations")])
-def test_nnx_computes_and_trains_alike(api, record):
-    model = NNXGenerator(nnx.Rngs(0))
+@pytest.mark.parametrize("api", ["parametrizations"])
+@pytest.mark.parametrize("case", NNX_MODELS)
+def test_nnx_computes_and_trains_alike(case, api, record):
+    make, names, layouts = NNX_MODELS[case]
+    model = make(nnx.Rngs(0))
     graph, state = nnx.split(model)
-    layouts = {r"ups/\d/kernel": "conv_transpose"}
-    params = from_state_dict(record["state"], state, layouts=layouts)
+    rules = {"names": names, "layouts": layouts, "model": model}
+    params = from_state_dict(record["state"], state, **rules)
     x, target = (channels_last(record["call"][k]) for k in ("x", "target"))
     stepped, y = step(lambda p, x: nnx.merge(graph, p)(x), params, jnp.asarray(x), target)
     assert_close({"y": y}, {"y": channels_last(record["call"]["y"])})
-    assert_close(to_state_dict(stepped, layouts=layouts, style=api), record["stepped"])
+    assert_close(to_state_dict(stepped, **rules, style=api), record["stepped"])
 
     nnx.update(model, params)
     layer = wnjax.nnx.WeightNorm(model)
     assert_close({"y": jax.jit(layer.folded())(x)}, {"y": channels_last(record["call"]["y"])})
     chex.assert_trees_all_equal(layer.nodes(), params)
+    back = to_state_dict(layer.nodes(), **rules | {"model": layer}, style=api)
+    chex.assert_trees_all_equal(back, record["state"])

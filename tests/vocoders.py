@@ -5,6 +5,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from wnjax.pytorch import Part
+
 
 def transposed_padding(taps, padding, output_padding=0, dilation=1):
     """PyTorch's padding of a transposed convolution, as Flax takes it, for one axis."""
@@ -151,3 +153,84 @@ class Sequence(nn.Module):
         x = nn.RNN(nn.OptimizedLSTMCell(4), name="lstm")(x)
         x = nn.BatchNorm(use_running_average=True, name="norm")(x[:, -1])
         return nn.Dense(2, name="head")(x)
+
+
+def snake(x, alpha):
+    alpha = alpha[None, None]
+    return x + jnp.sin(alpha * x) ** 2 / alpha
+
+
+class Codec(nn.Module):
+    """The decoder of a codec, in Linen, with PyTorch's names: one of its layers is a `Dense`."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = Snake(name="snake")(x)
+        pad = (transposed_padding(4, 1),)
+        x = nn.ConvTranspose(4, (4,), (2,), padding=pad, name="up")(x)
+        pad = (transposed_padding(3, 1),)
+        x = nn.ConvTranspose(4, (3,), padding=pad, transpose_kernel=True, name="smooth")(x)
+        y = jnp.tanh(nn.Conv(4, (3,), name="conv")(x))
+        return x + nn.Dense(4, name="mix")(y)
+
+
+class Snake(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return snake(x, self.param("alpha", nn.initializers.ones, x.shape[-1:]))
+
+
+class NNXSnake(nnx.Module):
+    def __init__(self, channels):
+        self.alpha = nnx.Param(jnp.ones(channels))
+
+    def __call__(self, x):
+        return snake(x, self.alpha)
+
+
+class NNXCodec(nnx.Module):
+    """The same in NNX; its transposed convolutions both keep Flax's order of the kernel."""
+
+    def __init__(self, rngs):
+        self.snake = NNXSnake(4)
+        pad = [transposed_padding(4, 1)]
+        self.up = nnx.ConvTranspose(4, 4, (4,), 2, padding=pad, rngs=rngs)
+        pad = [transposed_padding(3, 1)]
+        self.smooth = nnx.ConvTranspose(4, 4, (3,), padding=pad, rngs=rngs)
+        self.conv = nnx.Conv(4, 4, (3,), rngs=rngs)
+        self.mix = nnx.Linear(4, 4, rngs=rngs)
+
+    def __call__(self, x):
+        x = self.smooth(self.up(self.snake(x)))
+        return x + self.mix(jnp.tanh(self.conv(x)))
+
+
+CODEC_LAYOUTS = {"snake/alpha": "channels1d", "mix/kernel": "pointwise1d"}
+
+
+class Attention(nn.Module):
+    """Attention in Linen, whose query, key and value are parameters of their own."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.MultiHeadDotProductAttention(2, name="attend")(x)
+        return nn.Dense(4, name="head")(x)
+
+
+class NNXAttention(nnx.Module):
+    def __init__(self, rngs):
+        self.attend = nnx.MultiHeadAttention(2, 4, decode=False, rngs=rngs)
+        self.head = nnx.Linear(4, 4, rngs=rngs)
+
+    def __call__(self, x):
+        return self.head(self.attend(x))
+
+
+ATTENTION_NAMES = {
+    **{
+        f"attend/{name}/{leaf}": Part(f"attend.in_proj_{to}", i, 3)
+        for i, name in enumerate(("query", "key", "value"))
+        for leaf, to in (("kernel", "weight"), ("bias", "bias"))
+    },
+    r"attend/out/(.*)": r"attend.out_proj.\1",
+}

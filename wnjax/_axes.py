@@ -192,9 +192,16 @@ def by_patterns(
 
 
 def first_patterns(
-    patterns: Mapping[str, Any], paths: Sequence[str], argument: str, *, is_part: bool = False
+    patterns: Mapping[str, Any],
+    paths: Sequence[str],
+    argument: str,
+    *,
+    is_part: bool = False,
+    what: tuple[str, str] = ("leaf", "slash path"),
 ) -> list[str | None]:
     """The first pattern that matches each path; None where none does.
+
+    `what` says in messages what is matched, and what of it.
 
     Raises:
       ValueError: if a pattern matches no path, never applies or is no regular expression.
@@ -207,8 +214,8 @@ def first_patterns(
     for pattern in () if is_part else compiled:
         if not any(pattern in matching for matching in matches.values()):
             raise ValueError(
-                f"{argument}: the pattern {pattern!r} matches no leaf (it must match the whole "
-                f"slash path). Near paths:{listing(_nearest(pattern, paths))}"
+                f"{argument}: the pattern {pattern!r} matches no {what[0]} (it must match the "
+                f"whole {what[1]}). Near {what[1].split()[-1]}s:{listing(_nearest(pattern, paths))}"
             )
         is_first = any(matching[:1] == [pattern] for matching in matches.values())
         if not is_first and patterns[pattern] is not None:

@@ -65,7 +65,7 @@ LAYERS = {
     ),
     "conv_transpose3d_groups": ("ConvTranspose3d", (2, 4, 2), {"groups": 2}, 0, (1, 2, 2, 2, 2)),
 }
-CASES = (*LAYERS, "positional", "generator", "sequence")
+CASES = (*LAYERS, "positional", "generator", "sequence", "codec", "attention")
 
 
 def normalized(module, dim, api, name="weight"):
@@ -141,6 +141,56 @@ def generator(api):
     return Generator()
 
 
+def codec(api):
+    """The decoder of a codec: every weight has as many inputs as outputs, so shapes tell nothing.
+
+    Of its two transposed convolutions, one does not stretch its input.
+    """
+    import torch
+    from torch import nn
+
+    class Snake(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.alpha = nn.Parameter(0.5 + torch.rand(1, 4, 1))
+
+        def forward(self, x):
+            return x + torch.sin(self.alpha * x) ** 2 / self.alpha
+
+    class Codec(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.snake = Snake()
+            self.up = normalized(nn.ConvTranspose1d(4, 4, 4, 2, 1), 0, api)
+            self.smooth = normalized(nn.ConvTranspose1d(4, 4, 3, padding=1), 0, api)
+            self.conv = normalized(nn.Conv1d(4, 4, 3, padding=1), 0, api)
+            self.mix = normalized(nn.Conv1d(4, 4, 1), 0, api)
+
+        def forward(self, x):
+            x = self.smooth(self.up(self.snake(x)))
+            return x + self.mix(self.conv(x).tanh())
+
+    return Codec()
+
+
+def attention(api):
+    """Attention, whose query, key and value are one parameter; the last is normalized."""
+    from torch import nn
+
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attend = nn.MultiheadAttention(4, 2, batch_first=True)
+            self.head = normalized(nn.Linear(4, 4), 0, api)
+            normalized(self.attend, 0, api, "in_proj_weight")
+
+        def forward(self, x):
+            x = x.mT
+            return self.head(self.attend(x, x, x, need_weights=False)[0]).mT
+
+    return Attention()
+
+
 def sequence(api):
     """What is not normalized: a table, an LSTM, batch norm; with a recurrent weight that is."""
     import torch
@@ -175,6 +225,10 @@ def example(case, api):
         return positional(api), torch.randn(2, 4, 7)
     if case == "generator":
         return generator(api), torch.randn(2, 5, 6)
+    if case == "codec":
+        return codec(api), torch.randn(2, 4, 5)
+    if case == "attention":
+        return attention(api), torch.randn(2, 4, 5)
     if case == "sequence":
         return sequence(api), torch.arange(10).reshape(2, 5) % 7
     name, args, kwargs, dim, shape = LAYERS[case]

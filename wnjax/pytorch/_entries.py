@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -49,24 +50,26 @@ def by_parametrization(name: str) -> tuple[str, str]:
 STYLES = {"parametrizations": by_parametrization, "weight_g": by_suffix}
 
 
+class Untold(Exception):
+    """A parameter that fits in two orders of axes, and nothing tells in which it is."""
+
+
 class StateDict:
     """A state dict that is read from, and knows what was.
 
     Attributes:
+      prefix: of the names that are read.
+      names: all of them, with their prefixes.
       values: the arrays by their names, without the prefix.
       left: the names that nothing has asked for yet.
+      found: whether anything that was asked for is there.
     """
 
     def __init__(self, source: Any, prefix: str):
-        values = _opened(source, prefix)
-        for name, value in values.items():
-            if not isinstance(name, str) or isinstance(value, Mapping):
-                kind = f"is a {type(value).__name__}" if isinstance(name, str) else "is no name"
-                raise TypeError(
-                    f"{name!r} in the state dict {kind}. Of a checkpoint that holds state dicts "
-                    "among other things, pass the state dict itself"
-                )
+        check_prefix(prefix)
+        values = opened(source, prefix)
         self.prefix = prefix
+        self.names = list(values)
         self.values = {
             name.removeprefix(prefix): value
             for name, value in values.items()
@@ -80,6 +83,7 @@ class StateDict:
         # PyTorch counts batches where it keeps running averages; nothing reads the count.
         counts = (name for name in self.values if name.endswith("num_batches_tracked"))
         self.left = set(self.values).difference(counts)
+        self.found = False
 
     def entry(self, name: str) -> Entry:
         """The parameter of a name, in whichever form it is there."""
@@ -91,6 +95,7 @@ class StateDict:
         self.left.difference_update(*found)
         if not found:
             raise Missing
+        self.found = True
         if len(found) > 1:
             keys = ", ".join(key for keys in found for key in keys)
             raise Misfit(f"{name} is there in {len(found)} forms: {keys}. Keep one of them")
@@ -106,25 +111,42 @@ class StateDict:
         is_spectral = f"{name}_orig" in self.values
         return ". This is spectral norm: remove it in PyTorch first" if is_spectral else ""
 
-    def prefix_of(self, name: str) -> str:
-        """The prefix with which a name would be there, in whichever form; "" if with none."""
-        ends = [f".{key}" for key in (name, *(key for of in STYLES.values() for key in of(name)))]
-        names = ((there, end) for there in self.values for end in ends if there.endswith(end))
-        there, end = next(names, ("", ""))
-        return self.prefix + there.removesuffix(end) + "." if there else ""
+    def prefix_of(self, names: Sequence[str]) -> str:
+        """The prefix with which most of the names would be there; "" if with none."""
+        counts: collections.Counter[str] = collections.Counter()
+        for name in names:
+            keys = [name, *(key for of in STYLES.values() for key in of(name))]
+            ends = tuple(f".{key}" for key in keys)
+            there = [other for other in self.values if other.endswith(ends)]
+            counts.update({o.removesuffix(end) for o in there for end in ends if o.endswith(end)})
+        [(prefix, count)] = counts.most_common(1) or [("", 0)]
+        return f"{self.prefix}{prefix}." if 2 * count > len(names) else ""
 
     def _array(self, name: str) -> np.ndarray:
         return as_numpy(name, self.values[name])
 
 
-def _opened(source: Any, prefix: str) -> Mapping[str, Any]:
-    """The arrays by name; of a file, only those with the prefix, and None for others."""
+def opened(source: Any, prefix: str) -> Mapping[str, Any]:
+    """The arrays by name; of a file, only those with the prefix, and None for others.
+
+    Raises:
+      ValueError: if the path is that of another file.
+      TypeError: if `source` is no mapping from strings to arrays and no path.
+    """
     if isinstance(source, Mapping):
+        _check_names(source)
         return source
     if not isinstance(source, str | os.PathLike):
+        is_module = callable(getattr(source, "state_dict", None))
         raise TypeError(
             "the state dict must be a mapping from names to arrays or the path of a safetensors "
             f"file, got a {type(source).__name__}"
+            + (". Pass what its .state_dict() returns" if is_module else "")
+        )
+    if str(source).endswith(".index.json"):
+        raise ValueError(
+            f"{source} lists the files of a checkpoint that is in several. Pass the arrays of all: "
+            "{name: x for file in files for name, x in safetensors.numpy.load_file(file).items()}"
         )
     if not str(source).endswith(".safetensors"):
         raise ValueError(
@@ -142,12 +164,49 @@ def _opened(source: Any, prefix: str) -> Mapping[str, Any]:
         }
 
 
+def check_prefix(prefix: Any) -> None:
+    """Raises TypeError if a prefix is no string."""
+    if not isinstance(prefix, str):
+        raise TypeError(f"prefix must be a string, got {prefix!r}")
+
+
+def _check_names(values: Mapping[Any, Any]) -> None:
+    for name, value in values.items():
+        if not isinstance(name, str) or isinstance(value, Mapping):
+            kind = f"is a {type(value).__name__}" if isinstance(name, str) else "is no name"
+            raise TypeError(
+                f"{name!r} in the state dict {kind}. Of a checkpoint that holds state dicts "
+                "among other things, pass the state dict itself"
+            )
+
+
 def as_numpy(name: str, value: Any) -> np.ndarray:
-    """An array, or a PyTorch tensor on any device, as a numpy array."""
+    """An array, or a PyTorch tensor on any device, as a numpy array.
+
+    Raises:
+      TypeError: if it is neither, or holds no numbers, or is a tensor that numpy cannot hold.
+    """
     if hasattr(value, "detach"):
-        value = value.detach().cpu()
-        is_bfloat16 = str(value.dtype) == "torch.bfloat16"  # which numpy() refuses
-        value = value.float().numpy().astype(jnp.bfloat16) if is_bfloat16 else value.numpy()
+        value = _tensor_as_numpy(name, value)
     if not hasattr(value, "dtype"):
         raise TypeError(f"{name} in the state dict is a {type(value).__name__}, no array")
+    if not is_numeric(value.dtype):
+        raise TypeError(f"{name} in the state dict is an array of {value.dtype}, not of numbers")
     return np.asarray(value)
+
+
+def _tensor_as_numpy(name: str, tensor: Any) -> np.ndarray:
+    try:
+        tensor = tensor.detach().cpu()
+        if str(tensor.dtype) == "torch.bfloat16":  # which numpy() refuses
+            return np.asarray(tensor.float().numpy().astype(jnp.bfloat16))
+        return np.asarray(tensor.numpy())
+    except (TypeError, RuntimeError) as error:  # sparse, quantized, without data
+        raise TypeError(
+            f"{name} in the state dict does not become a numpy array: {error}"
+        ) from error
+
+
+def is_numeric(dtype: Any) -> bool:
+    """Whether a dtype is one of numbers, or bool."""
+    return bool(jnp.issubdtype(dtype, np.number) or jnp.issubdtype(dtype, np.bool_))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -14,10 +13,12 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding
 
+from wnjax._axes import first_patterns
 from wnjax._leaves import (
     box_node,
     check_not_apart,
     flatten,
+    listing,
     names_on,
     outer_box,
     rebox,
@@ -25,8 +26,9 @@ from wnjax._leaves import (
     unbox_node,
 )
 from wnjax._nodes import WeightNorm, norm_dtype
-from wnjax.pytorch._entries import Entry, Misfit, Missing, StateDict
-from wnjax.pytorch._layouts import Layout, Layouts, fitting, layouts_of
+from wnjax.pytorch._entries import Entry, Misfit, Missing, StateDict, Untold
+from wnjax.pytorch._layouts import TELL, UNTOLD, Chosen, Layout, Layouts, fitting, layouts_of
+from wnjax.pytorch._modules import layouts_of_modules
 from wnjax.pytorch._names import Names, Part, parts_of, without_collections
 
 
@@ -36,6 +38,7 @@ def from_state_dict(  # noqa: PLR0913 - each says one thing about the checkpoint
     names: Names | None = None,
     *,
     layouts: Layouts | None = None,
+    model: nnx.Module | None = None,
     prefix: str = "",
     ignore: Iterable[str] = (),
     half_gains: bool = False,
@@ -71,12 +74,20 @@ def from_state_dict(  # noqa: PLR0913 - each says one thing about the checkpoint
         * "conv": (out, in, *taps) to (*taps, in, out): other kernels; also what
           `ConvTranspose(transpose_kernel=True)` needs.
         * "conv_transpose": (in, out, *taps) to (*taps, in, out), with the taps in reverse, for
-          `ConvTranspose`. It must be told: where in and out are equal, nothing shows it.
+          `ConvTranspose`. It must be told, by this, by `model` or by `infer_layouts`: where in
+          and out are equal, its shape is that of a "conv".
         * "heads": (heads·size, in) to (in, heads, size): kernels with three axes under
           attention's `query`, `key` and `value`.
         * "flat": one axis to several: biases with several axes.
+        * "pointwise1d", "2d", "3d": (out, in, 1), (out, in, 1, 1), ... to (in, out): a convolution
+          with one tap, as a `Dense`.
+        * "channels1d", "2d", "3d": (1, channels, 1), ... to (channels,): Snake's alpha.
+        * "scalar": (1,) to (): the slope of a PReLU.
         * "same": everything else.
         * a `Layout`.
+      model: the `nnx.Module` whose state the template is. Its modules tell the layouts of their
+        kernels, where `layouts` does not. Of a Linen module or a function, `infer_layouts` tells
+        them, as `layouts`.
       prefix: of all names of this model, `"generator."`; names without it are left alone.
       ignore: regular expressions of names that no leaf need take, matched against the whole name,
         prefix included.
@@ -91,8 +102,12 @@ def from_state_dict(  # noqa: PLR0913 - each says one thing about the checkpoint
       ValueError: with all that does not fit: leaves without a parameter, parameters without a
         leaf, other shapes (with the layouts in which they would fit), g of a shape that PyTorch's
         `dim` does not give, g without v, a weight in two styles, values that the template's dtype
-        cannot hold, g in half precision. And if a pattern matches no leaf.
-      TypeError: if a value is no array.
+        cannot hold, g in half precision, kernels with as many inputs as outputs of which neither
+        `layouts`, nor `model`, nor the name (`Conv_0`) tells whether their convolution is
+        transposed. And if a pattern of `names` or `layouts` matches no leaf, or one of `ignore`
+        no name.
+      TypeError: if a value is no array of numbers, a name or `prefix` no string, `state_dict` no
+        mapping and no path, or `model` no NNX module.
 
     >>> import numpy as np, jax.numpy as jnp
     >>> import wnjax
@@ -113,22 +128,35 @@ def from_state_dict(  # noqa: PLR0913 - each says one thing about the checkpoint
     inside = without_collections(paths)
     parts = parts_of(names, inside)
     shapes = [np.shape(_weight(leaf)) for _, leaf in leaves]
-    chosen = layouts_of(layouts, inside, [len(shape) for shape in shapes])
+    chosen = layouts_of(layouts, layouts_of_modules(model), inside, shapes)
     source = StateDict(state_dict, prefix)
-    result, missing, misfits, hint = [], [], [], ""
-    for (path, leaf), part, layout in zip(leaves, parts, chosen, strict=True):
+    result, missing, misfits, untold, lacking = [], [], [], [], []
+    for (path, leaf), part, choice in zip(leaves, parts, chosen, strict=True):
         try:
-            result.append(_loaded(source, leaf, part, layout, half_gains))
+            result.append(_loaded(source, leaf, part, choice, half_gains))
         except Missing:
             missing.append(f"{path}: {' and '.join(part.names) if part else 'no value'}")
-            hint = hint or (source.prefix_of(part.names[0]) if part else "")
+            lacking += part.names[:1] if part else ()
         except Misfit as misfit:
             misfits.append(f"{path}: {misfit}")
-    patterns = [ignore] if isinstance(ignore, str) else list(ignore)
-    left = sorted(prefix + name for name in source.left)
-    unexpected = [name for name in left if not any(re.fullmatch(p, name) for p in patterns)]
-    _check(missing, unexpected, misfits, hint)
+        except Untold:
+            untold.append(path)
+    unexpected = _not_ignored(ignore, source)
+    hint = source.prefix_of(lacking)
+    if hint and not source.found:
+        missing = [f"{len(missing)} of {len(missing)}, such as {missing[0]}"]
+        unexpected = [f"{len(unexpected)}, such as {unexpected[0]}"]
+    _check(missing, unexpected, misfits, untold, hint)
     return treedef.unflatten(result)
+
+
+def _not_ignored(ignore: Iterable[str], source: StateDict) -> list[str]:
+    """The names that no leaf has taken, without those that need not be."""
+    patterns = [ignore] if isinstance(ignore, str) else list(ignore)
+    what = ("name of the state dict", "name")
+    ignored = first_patterns(dict.fromkeys(patterns), source.names, "ignore", what=what)
+    left = {source.prefix + name for name in source.left}
+    return sorted(left.difference(n for n, p in zip(source.names, ignored, strict=True) if p))
 
 
 def _weight(leaf: Any) -> Any:
@@ -138,7 +166,7 @@ def _weight(leaf: Any) -> Any:
 
 
 def _loaded(
-    source: StateDict, leaf: Any, part: Part | None, layout: tuple[str, Layout], half_gains: bool
+    source: StateDict, leaf: Any, part: Part | None, choice: Chosen, half_gains: bool
 ) -> Any:
     """A leaf of the template with the checkpoint's value, in its box."""
     like = _weight(leaf)
@@ -151,8 +179,11 @@ def _loaded(
     entry = _entry(source, part)
     if not hasattr(like, "dtype"):
         raise Misfit(f"the template has a {type(like).__name__} there, no array")
-    _check_shape(entry, np.shape(like), *layout)
-    v = _cast(entry.v_name, layout[1].to_flax(entry.v, np.shape(like)), like.dtype)
+    layout = choice.layout
+    _check_shape(entry, np.shape(like), choice.called, layout)
+    if not choice.is_told:
+        raise Untold
+    v = _cast(entry.v_name, layout.to_flax(entry.v, np.shape(like)), like.dtype)
     wanted = unbox_node(leaf)
     if entry.g is None:
         if wanted is not None:
@@ -161,7 +192,7 @@ def _loaded(
                 "and v. Use the plain template, and weight_norm after it"
             )
         return rebox(leaf, _placed(v, like, range(v.ndim)))
-    g = _gain(entry, v.shape, layout[1], half_gains)
+    g = _gain(entry, v.shape, layout, half_gains)
     g = _cast(entry.g_name, g, norm_dtype(like.dtype))
     if wanted is not None and (type(wanted), np.shape(wanted[0])) != (WeightNorm, g.shape):
         raise Misfit(
@@ -238,11 +269,13 @@ def _gain(entry: Entry, shape: tuple[int, ...], layout: Layout, half_gains: bool
 def _cast(name: str, x: np.ndarray, dtype: Any) -> np.ndarray:
     """`x` in a dtype that holds its values, and that JAX has: without x64, none of 64 bits."""
     dtype = jax.dtypes.canonicalize_dtype(dtype)
-    is_float = [jnp.issubdtype(d, jnp.floating) for d in (x.dtype, dtype)]
+    kinds = [
+        [jnp.issubdtype(d, kind) for kind in (jnp.floating, jnp.complexfloating)]
+        for d in (x.dtype, dtype)
+    ]
     with np.errstate(over="ignore", invalid="ignore"):
-        cast = x.astype(dtype)
-        holds = np.array_equal(cast.astype(x.dtype), x, equal_nan=all(is_float))
-    if not holds or is_float[0] != is_float[1]:
+        cast = x.astype(dtype) if kinds[0] == kinds[1] else None
+    if cast is None or not np.array_equal(cast.astype(x.dtype), x, equal_nan=any(kinds[0])):
         raise Misfit(
             f"{name} is {x.dtype}, and the template's {dtype} does not hold its values. Cast it "
             f"before, or take a template of {x.dtype} (64 bits need jax_enable_x64)"
@@ -260,7 +293,9 @@ def _placed(x: np.ndarray, like: Any, axes: Iterable[int]) -> jax.Array:
     return placed
 
 
-def _check(missing: list[str], unexpected: list[str], misfits: list[str], hint: str) -> None:
+def _check(
+    missing: list[str], unexpected: list[str], misfits: list[str], untold: list[str], hint: str
+) -> None:
     """Raises with all that is wrong, at once."""
     headings = {
         "leaves of the template that the state dict lacks (leaf: name)": missing,
@@ -272,6 +307,8 @@ def _check(missing: list[str], unexpected: list[str], misfits: list[str], hint: 
         for heading, items in headings.items()
         if items
     ]
+    if untold:
+        texts.append(f"{UNTOLD}:{listing(untold)}\n{TELL}")
     if hint:
         texts.append(f"what is missing seems to be there with prefix={hint!r}")
     if texts:

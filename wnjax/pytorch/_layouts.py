@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
 from wnjax._axes import first_patterns
+from wnjax._leaves import listing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,33 +103,92 @@ def _same(rank: int) -> Layout:
     return Layout(tuple((axis,) for axis in range(rank)))
 
 
-# name: (the fewest axes that the Flax leaf has, its layout by their number)
-NAMED = {
-    "linear": (2, _linear),
-    "heads": (2, _heads),
-    "conv": (3, _conv),
-    "conv_transpose": (3, _conv_transpose),
-    "flat": (1, _flat),
-    "same": (0, _same),
+def _pointwise(rank: int, taps: int) -> Layout:
+    return Layout(((1,), (0,), *[()] * taps))
+
+
+def _channels(rank: int, places: int) -> Layout:
+    return Layout(((), (0,), *[()] * places))
+
+
+# name: (the fewest and the most axes that the Flax leaf has, its layout by their number)
+NAMED: dict[str, tuple[int, float, Callable[[int], Layout]]] = {
+    "linear": (2, math.inf, _linear),
+    "heads": (2, math.inf, _heads),
+    "conv": (3, math.inf, _conv),
+    "conv_transpose": (3, math.inf, _conv_transpose),
+    "flat": (1, math.inf, _flat),
+    "same": (0, math.inf, _same),
+    "scalar": (0, 0, lambda rank: Layout(((),))),
+    **{f"pointwise{n}d": (2, 2, functools.partial(_pointwise, taps=n)) for n in (1, 2, 3)},
+    **{f"channels{n}d": (1, 1, functools.partial(_channels, places=n)) for n in (1, 2, 3)},
 }
 Layouts: TypeAlias = Mapping[str, str | Layout]
 
 
+TELL = (
+    "The whole model tells it at once: model=, an nnx.Module, or "
+    "layouts=wnjax.pytorch.infer_layouts(fn, params, x); a pattern tells it of some: "
+    "layouts={pattern: 'conv' or 'conv_transpose'}"
+)
+UNTOLD = (
+    "kernels with as many inputs as outputs, of which nothing tells whether they are those of a "
+    "convolution or of a transposed one"
+)
+
+
+class Chosen(NamedTuple):
+    """The layout of a leaf.
+
+    Attributes:
+      called: what it is called in messages.
+      layout: what it is.
+      is_told: whether anything tells it. If not, the leaf has as many inputs as outputs, so that
+        its shape cannot show a mistake.
+    """
+
+    called: str
+    layout: Layout
+    is_told: bool = True
+
+
 def layouts_of(
-    given: Layouts | None, paths: Sequence[str], ranks: Sequence[int]
-) -> list[tuple[str, Layout]]:
-    """The layout of every leaf, and what it is called.
+    given: Layouts | None,
+    modules: Layouts,
+    paths: Sequence[str],
+    shapes: Sequence[tuple[int, ...]],
+) -> list[Chosen]:
+    """The layout of every leaf: the given one, or that of its module, or that of its name.
+
+    Args:
+      given: by regular expressions.
+      modules: by paths.
+      paths: of all leaves.
+      shapes: theirs.
 
     Raises:
       ValueError: if a pattern matches no leaf or never applies, if a layout is unknown or
-        does not fit the number of axes, or if it is not said for a `ConvTranspose`.
+        does not fit the number of axes, if it is not said for a `ConvTranspose`, or if no path of
+        `modules` is a leaf's.
     """
+    if modules and not set(modules).intersection(paths):
+        raise ValueError(
+            "model: the tree has none of its kernels. Pass the module whose state the tree is. "
+            f"Kernels of the model:{listing(modules)}"
+        )
     given = given or {}
     firsts = first_patterns(given, paths, "layouts")
     return [
-        _layout(path, given[first] if first is not None else _by_name(path, rank), rank)
-        for path, rank, first in zip(paths, ranks, firsts, strict=True)
+        _chosen(path, shape, modules.get(path) if first is None else given[first])
+        for path, shape, first in zip(paths, shapes, firsts, strict=True)
     ]
+
+
+def _chosen(path: str, shape: tuple[int, ...], told: Any) -> Chosen:
+    if told is not None:
+        return Chosen(*_layout(path, told, len(shape)))
+    name, is_told = _by_name(path, shape)
+    return Chosen(*_layout(path, name, len(shape)), is_told)
 
 
 def _layout(path: str, layout: Any, rank: int) -> tuple[str, Layout]:
@@ -136,32 +198,39 @@ def _layout(path: str, layout: Any, rank: int) -> tuple[str, Layout]:
                 f"layouts: {path} has {rank} axes, {layout} is for {len(layout.order)}"
             )
         return "as given", layout
-    if layout not in NAMED:
+    if not isinstance(layout, str) or layout not in NAMED:
         raise ValueError(
             f"layouts: {path}: {layout!r} is no layout; choose from {', '.join(NAMED)}, or "
             "give a wnjax.pytorch.Layout"
         )
-    least, make = NAMED[layout]
-    if rank < least:
-        raise ValueError(f"layouts: {path} has {rank} axes, {layout!r} needs {least} or more")
+    least, most, make = NAMED[layout]
+    if not least <= rank <= most:
+        needed = f"{least}" if least == most else f"{least} or more"
+        raise ValueError(f"layouts: {path} has {rank} axes, {layout!r} needs {needed}")
     return repr(layout), make(rank)
 
 
-def _by_name(path: str, rank: int) -> str:
-    """The layout of a leaf by Flax's names, as in the naming rules for axes."""
+def _by_name(path: str, shape: tuple[int, ...]) -> tuple[str, bool]:
+    """The layout of a leaf by Flax's names, as in the naming rules for axes, and if it is told."""
     *modules, name = path.split("/")
+    rank = len(shape)
     if name == "bias" and rank > 1:
-        return "flat"
+        return "flat", True
     if name != "kernel" or rank < 2:
-        return "same"
+        return "same", True
+    if rank == 2:
+        return "linear", True
+    if re.fullmatch(r"Conv_\d+", "".join(modules[-1:])):  # Linen's own names of plain convolutions
+        return "conv", True
     if any(module.startswith("ConvTranspose") for module in modules):
         raise ValueError(
             f"layouts: {path} is the kernel of a transposed convolution, whose order of axes "
-            "shapes cannot always tell: give 'conv_transpose', or 'conv' for transpose_kernel=True"
+            "shapes cannot always tell: give 'conv_transpose', or 'conv' for "
+            f"transpose_kernel=True. {TELL}"
         )
     if rank == 3 and modules[-1:] in (["query"], ["key"], ["value"]):
-        return "heads"
-    return "linear" if rank == 2 else "conv"
+        return "heads", True
+    return "conv", shape[-1] != shape[-2] or math.prod(shape) == 1
 
 
 def fitting(torch_shape: Sequence[int], shape: Sequence[int]) -> list[str]:
@@ -169,6 +238,17 @@ def fitting(torch_shape: Sequence[int], shape: Sequence[int]) -> list[str]:
     rank = len(shape)
     return [
         name
-        for name, (least, make) in NAMED.items()
-        if rank >= least and make(rank).torch_shape(shape) == tuple(torch_shape)
+        for name, (least, most, make) in NAMED.items()
+        if least <= rank <= most and make(rank).torch_shape(shape) == tuple(torch_shape)
     ]
+
+
+def name_of(layout: Layout) -> str | Layout:
+    """What a layout is called; itself where it has no name."""
+    rank = len(layout.order)
+    named = (
+        name
+        for name, (least, most, make) in NAMED.items()
+        if least <= rank <= most and make(rank) == layout
+    )
+    return next(named, layout)

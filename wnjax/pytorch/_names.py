@@ -30,6 +30,10 @@ class Part:
       index: which part.
       count: of how many.
 
+    Raises:
+      TypeError: if a name is no string.
+      ValueError: if there is no such part.
+
     >>> from wnjax.pytorch import Part
     >>> Part("lstm.weight_ih_l0", 1, 4)  # the forget gate
     Part(name='lstm.weight_ih_l0', index=1, count=4)
@@ -38,6 +42,15 @@ class Part:
     name: str | tuple[str, ...]
     index: int = 0
     count: int = 1
+
+    def __post_init__(self) -> None:
+        """Checks the fields."""
+        if not isinstance(self.name, str | tuple) or not all(
+            isinstance(n, str) for n in self.names
+        ):
+            raise TypeError(f"Part: name must be a string or a tuple of strings, got {self.name!r}")
+        if not 0 <= self.index < self.count:
+            raise ValueError(f"Part: there is no part {self.index} of {self.count}, from 0 on")
 
     @property
     def names(self) -> tuple[str, ...]:

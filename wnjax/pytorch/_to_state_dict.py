@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -10,10 +11,11 @@ import jax
 import numpy as np
 from flax import nnx
 
-from wnjax._leaves import check_not_apart, flatten, unbox, unbox_node
+from wnjax._leaves import check_not_apart, flatten, listing, unbox, unbox_node
 from wnjax._nodes import gain
-from wnjax.pytorch._entries import STYLES
-from wnjax.pytorch._layouts import Layout, Layouts, layouts_of
+from wnjax.pytorch._entries import STYLES, check_prefix, is_numeric, opened
+from wnjax.pytorch._layouts import TELL, UNTOLD, Layout, Layouts, layouts_of
+from wnjax.pytorch._modules import layouts_of_modules
 from wnjax.pytorch._names import Names, parts_of, without_collections
 
 
@@ -22,43 +24,48 @@ def to_state_dict(  # noqa: PLR0913 - what read the checkpoint, and what is to b
     names: Names | None = None,
     *,
     layouts: Layouts | None = None,
+    model: nnx.Module | None = None,
     prefix: str = "",
     style: str = "parametrizations",
-    like: Mapping[str, Any] | None = None,
+    like: Mapping[str, Any] | str | os.PathLike[str] | None = None,
 ) -> dict[str, np.ndarray]:
     """The way back: a PyTorch state dict of a Flax tree.
 
-    With the `names`, `layouts` and `prefix` that read a checkpoint it writes the same names,
-    and the same numbers to the last bit, but for the biases of an `lstm`. PyTorch takes them as
+    With the `names`, `layouts`, `model` and `prefix` that read a checkpoint it writes the same
+    names, and the same numbers to the last bit, but for the biases of an `lstm`. PyTorch takes
+    them as
 
-        module.load_state_dict({name: torch.tensor(x) for name, x in state_dict.items()})
+        module.load_state_dict({name: torch.from_numpy(x) for name, x in state_dict.items()})
 
-    and bfloat16 through a file, by `safetensors.numpy.save_file`.
+    and bfloat16 through a file, by `safetensors.numpy.save_file`. The arrays are copies:
+    what PyTorch writes to them does not come into `tree`.
 
     Args:
       tree: parameters or variables, with or without nodes; `LogWeightNorm`'s g is exp(log_g).
         Random state is left out.
       names: as for `from_state_dict`; a leaf whose name is None is left out.
       layouts: likewise.
+      model: likewise; or the `wnjax.nnx.WeightNorm` whose `nodes()` the tree is.
       prefix: put before all names.
       style: of the keys of g and v: `"parametrizations"`, for
         `torch.nn.utils.parametrizations.weight_norm`, or `"weight_g"`, for
         `torch.nn.utils.weight_norm`.
-
-      like: a state dict whose g have the shapes that are wanted. A single g for a whole weight has
-        no axes in PyTorch if `dim` is None, and as many as the weight if `dim` is an axis
-        of size 1. Without `like`, the former, unless the first axis has size 1.
+      like: a state dict, or the path of a safetensors file, whose g have the shapes that are
+        wanted. A single g for a whole weight has no axes in PyTorch if `dim` is None, and as many
+        as the weight if `dim` is an axis of size 1. Without `like`, the former, unless the
+        first axis has size 1.
 
     Returns:
-      Names to numpy arrays, in the dtypes of the tree, g in float32 or wider. g has v's rank, size
-      1 on all axes but `dim`, or no axes.
+      Names to contiguous numpy arrays, in the dtypes of the tree, g in float32 or wider. g has
+      v's rank, size 1 on all axes but `dim`, or no axes.
 
     Raises:
       ValueError: if a node has gains along several axes of the PyTorch parameter, which PyTorch
         cannot have; if two leaves have one name, or parts of a parameter are missing or unlike
-        each other; if a pattern matches no leaf, or `style` is unknown; if `tree` is the state of
-        a `wnjax.nnx.WeightNorm`: take its `nodes()`.
-      TypeError: if a leaf is no array.
+        each other; if a pattern matches no leaf, or `style` is unknown; if nothing tells the layout
+        of a kernel with as many inputs as outputs; if `tree` is the state of a
+        `wnjax.nnx.WeightNorm`: take its `nodes()`.
+      TypeError: if a leaf is no array of numbers, `prefix` no string, or `model` no NNX module.
 
     >>> import jax.numpy as jnp
     >>> import wnjax
@@ -70,22 +77,29 @@ def to_state_dict(  # noqa: PLR0913 - what read the checkpoint, and what is to b
     """
     if style not in STYLES:
         raise ValueError(f"style must be one of {', '.join(STYLES)}, got {style!r}")
+    check_prefix(prefix)
     leaves = [(path, leaf) for path, leaf in flatten(tree)[0] if not isinstance(leaf, nnx.RngState)]
     check_not_apart(leaves)
     paths = [path for path, _ in leaves]
     inside = without_collections(paths)
     entries = [_arrays(path, leaf) for path, leaf in leaves]
-    chosen = layouts_of(layouts, inside, [v.ndim for _, v in entries])
+    modules = layouts_of_modules(model)
+    chosen = layouts_of(layouts, modules, inside, [v.shape for _, v in entries])
+    shapes = {} if like is None else {k: np.shape(x) for k, x in opened(like, prefix).items()}
     pieces: dict[str, dict[int, _Piece]] = {}
+    untold = []
     leaves_in_order = zip(paths, parts_of(names, inside), entries, chosen, strict=True)
-    for path, part, (g, v), (_, layout) in leaves_in_order:
+    for path, part, (g, v), choice in leaves_in_order:
         if part is None:
             continue
-        piece = _Piece(path, part.count, *_written(path, g, v, layout))
+        if not choice.is_told:
+            untold.append(path)
+        piece = _Piece(path, part.count, *_written(path, g, v, choice.layout))
         for name in part.names:
             _add(pieces.setdefault(prefix + name, {}), part.index, piece, prefix + name)
             piece = piece._replace(v=np.zeros_like(piece.v))  # the first of a sum is all of it
-    shapes = {name: np.shape(x) for name, x in (like or {}).items()}
+    if untold:
+        raise ValueError(f"{UNTOLD}:{listing(untold)}\n{TELL}")
     result: dict[str, np.ndarray] = {}
     for name, parts in pieces.items():
         g, v = _joined(name, parts)
@@ -112,6 +126,8 @@ def _arrays(path: str, leaf: Any) -> tuple[np.ndarray | None, np.ndarray]:
     for x in arrays:
         if x is not None and not isinstance(x, jax.Array | np.ndarray | np.generic):
             raise TypeError(f"{path} is a {type(x).__name__}, no array")
+        if x is not None and not is_numeric(x.dtype):
+            raise TypeError(f"{path} is an array of {x.dtype}, not of numbers")
     return None if node is None else np.asarray(gain(node)), np.asarray(arrays[1])
 
 

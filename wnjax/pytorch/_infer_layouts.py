@@ -1,0 +1,130 @@
+"""`infer_layouts`: the layouts of kernels, told by the equations that consume them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import chex
+
+from wnjax._neurons import examine
+from wnjax._walk.layout import Axis
+from wnjax._walk.tracks import Info, Track
+from wnjax._walk.walker import Walk
+from wnjax.pytorch._layouts import Layout, name_of
+from wnjax.pytorch._names import without_collections
+
+
+def infer_layouts(
+    fn: Callable[..., Any], params: chex.ArrayTree, *args: Any, **kwargs: Any
+) -> dict[str, str | Layout]:
+    """Finds the `layouts` of a model's kernels, by tracing `fn(params, *args, **kwargs)`.
+
+    A kernel with as many inputs as outputs has the same shape in a convolution and in a transposed
+    one, and PyTorch keeps the two in different orders. The equation that consumes the kernel tells
+    which it is. Nothing is computed: tracing needs shapes and dtypes alone.
+
+    Args:
+      fn: the forward function, as for `wnjax.neurons`, such as
+        `lambda params, x: model.apply({"params": params}, x)`.
+      params: the tree that is to be filled or written: its arrays, or their
+        `jax.ShapeDtypeStruct`s; parameters, or whole Linen variables.
+      *args: further arguments of `fn`: arrays or `jax.ShapeDtypeStruct`s. Anything else is static.
+      **kwargs: further keyword arguments of `fn`.
+
+    Returns:
+      The `layouts` argument of `from_state_dict` and `to_state_dict`. It names the weights of
+      convolutions, and the kernels with three or more axes of matrix products, such as attention's
+      `out`. It leaves out those whose axes the equations do not show one by one, and those that
+      are used in two ways. Own layouts go before: `{"alpha": "channels1d"} | infer_layouts(...)`.
+
+    Raises:
+      ValueError: if `fn` needs values of the data, or uses axis names that nothing binds.
+
+    >>> import flax.linen as nn
+    >>> import jax, jax.numpy as jnp
+    >>> import wnjax
+    >>> model = nn.Sequential([nn.ConvTranspose(4, (4,), (2,)), nn.Conv(4, (3,))])
+    >>> x = jnp.ones((1, 8, 4))
+    >>> params = jax.eval_shape(model.init, jax.random.key(0), x)
+    >>> wnjax.pytorch.infer_layouts(model.apply, params, x)
+    {'layers_0/kernel': 'conv_transpose', 'layers_1/kernel': 'conv'}
+    """
+    examined = examine(fn, params, *args, **kwargs)
+    walk = _Convolutions([getattr(array, "shape", ()) for array in examined.arrays])
+    walk.run(examined.traced.jaxpr, examined.infos)
+    for use in examined.walk.uses:
+        name = examined.paths[use.leaf].split("/")[-1]
+        rank = len(use.fan_in) + len(use.features)
+        if use.site.operation == "dot_general" and name == "kernel" and rank > 2:
+            layout = Layout((tuple(sorted(use.features)), tuple(sorted(use.fan_in))))
+            walk.found.setdefault(use.leaf, set()).add(layout)
+    inside = without_collections(examined.paths)
+    return {
+        re.escape(inside[leaf]): name_of(layout)
+        for leaf, layouts in sorted(walk.found.items())
+        for layout in layouts
+        if layout is not None and len(layouts) == 1
+    }
+
+
+class _Convolutions(Walk):
+    """A walk that writes down how convolutions take their kernels.
+
+    Attributes:
+      found: the layouts of every leaf, one for each way in which it is used, None where the
+        axes cannot be told.
+    """
+
+    def __init__(self, shapes: Sequence[tuple[int, ...]]):
+        super().__init__(shapes)
+        self.found: dict[int, set[Layout | None]] = {}
+
+    def equation(self, eqn: Any, ins: Sequence[Info]) -> list[Info]:
+        """What is known of the outputs of one equation."""
+        if eqn.primitive.name == "conv_general_dilated" and not self.site(eqn).is_backward:
+            for track in ins[1].tracks:
+                self.found.setdefault(track.leaf, set()).add(self._layout(eqn, track))
+        return super().equation(eqn, ins)
+
+    def _layout(self, eqn: Any, track: Track) -> Layout | None:
+        """The order in which PyTorch keeps a kernel; None if the equation does not show it."""
+        shape = self.shape(track.leaf)
+        places = [_place(axis, shape) for axis in track.layout]
+        found = [place for place in places if place is not None]
+        if sorted(axis for axis, _ in found) != list(range(len(shape))) or None in places:
+            return None
+        (outputs, _), (inputs, _), *taps = (
+            found[dim] for dim in eqn.params["dimension_numbers"].rhs_spec
+        )
+        is_transposed = _is_transposed(eqn)
+        is_grouped = eqn.params["feature_group_count"] > 1
+        is_unclear = (
+            any(is_reversed for _, is_reversed in taps) or eqn.source_info.traceback is None
+        )
+        if is_grouped if is_transposed else is_unclear:
+            return None
+        first, second = (inputs, outputs) if is_transposed else (outputs, inputs)
+        flipped = tuple(axis for axis, is_reversed in taps if is_transposed and not is_reversed)
+        return Layout(((first,), (second,), *((axis,) for axis, _ in taps)), flipped)
+
+
+def _place(axis: Axis, shape: Sequence[int]) -> tuple[int, bool] | None:
+    """The axis of the leaf that an axis of the kernel is, and whether in reverse."""
+    if len(axis.atoms) != 1:
+        return None
+    (atom,) = axis.atoms
+    is_whole = atom.axis is not None and atom.size == axis.size == shape[atom.axis]
+    return (atom.axis, atom.stride < 0) if is_whole and abs(atom.stride) == 1 else None
+
+
+def _is_transposed(eqn: Any) -> bool:
+    """Whether a convolution is a transposed one: it stretches its input, or JAX calls it so.
+
+    With strides of 1 the two are the same equation. Then the call of `jax.lax.conv_transpose`, in
+    the equation's traceback, tells.
+    """
+    traceback = eqn.source_info.traceback
+    calls = [frame.function_name for frame in traceback.frames] if traceback else []
+    return any(size > 1 for size in eqn.params["lhs_dilation"]) or "conv_transpose" in calls
