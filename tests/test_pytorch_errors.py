@@ -9,7 +9,7 @@ from flax import nnx
 
 import wnjax
 from tests.test_pytorch import array, checkpoint, message, variables
-from wnjax.pytorch import Layout, from_state_dict, to_state_dict
+from wnjax.pytorch import Layout, Part, from_state_dict, to_state_dict
 
 
 def test_all_that_is_missing_and_unexpected_at_once():
@@ -113,6 +113,116 @@ def test_a_prefix_that_was_forgotten(prefix):
     state = {f"generator.{name}": x for name, x in checkpoint().items()}
     hint = "what is missing seems to be there with prefix='generator.'"
     assert message(state, variables(), prefix=prefix).endswith(hint)
+
+
+@pytest.mark.parametrize("prefix", ["", "gen"])
+def test_a_forgotten_prefix_needs_no_listing(prefix):
+    """Of a checkpoint with all names under it, and another model's beside them."""
+    state = {f"generator.{name}": x for name, x in checkpoint().items()}
+    state |= {f"generator_d.{i}.weight": array(1) for i in range(100)}
+    assert message(state, variables(), prefix=prefix) == (
+        "the state dict does not fit the template\n"
+        "leaves of the template that the state dict lacks (leaf: name):\n"
+        "  9, such as batch_stats/norm/mean: norm.running_mean\n"
+        "names in the state dict that no leaf takes (names or ignore may tell):\n"
+        "  111, such as generator.conv.bias\n"
+        "what is missing seems to be there with prefix='generator.'"
+    )
+    text = message(state, variables(), prefix=prefix, ignore=".*")
+    assert "that no leaf takes" not in text
+
+
+def test_a_prefix_is_not_made_up():
+    """Of a leaf that is truly missing, or of one in many."""
+    state = checkpoint() | {"more.conv.weight": array(4, 2, 3), "more.x": array(1)}
+    del state["conv.weight_g"], state["conv.weight_v"], state["norm.weight"], state["table.weight"]
+    text = message(state, variables())
+    assert "prefix" not in text
+    assert "\n  params/norm/scale: norm.weight\n" in text
+    assert "\n  more.x" in text
+
+
+def test_ignored_patterns_that_match_nothing():
+    with pytest.raises(ValueError, match=r"ignore: the pattern 'hed.*' matches no name of the "):
+        from_state_dict(checkpoint(), variables(), ignore=["norm.*", "hed.*"])
+    for pattern in (3, "("):
+        with pytest.raises(ValueError, match=r"ignore: .* is not a regular expression"):
+            from_state_dict(checkpoint(), variables(), ignore=[pattern])
+    # What is counted, taken by a leaf, or under another prefix is there.
+    state = {f"a.{name}": x for name, x in checkpoint().items()} | {"b.x": array(1)}
+    ignore = [r".*num_batches_tracked", r"a\.conv\.bias", r"b\..*"]
+    from_state_dict(state, variables(), prefix="a.", ignore=ignore)
+
+
+def test_what_is_no_state_dict():
+    class Module:
+        def state_dict(self):
+            return checkpoint()
+
+    for fn in (from_state_dict, lambda module, tree: to_state_dict(tree, like=module)):
+        with pytest.raises(
+            TypeError, match=r"got a Module\. Pass what its \.state_dict\(\) returns"
+        ):
+            fn(Module(), {"bias": jnp.zeros(1)})
+        for kind, load in (("safetensors", "numpy.load_file"), ("bin", "torch.load")):
+            text = rf"model\.{kind}\.index\.json lists the files .*{load}\(file"
+            with pytest.raises(ValueError, match=text):
+                fn(f"a/model.{kind}.index.json", {"bias": jnp.zeros(1)})
+
+
+@pytest.mark.parametrize(
+    "value",
+    [np.array(["a"], object), np.array(["a"]), np.array([1.5], object), np.zeros(1, "M8[s]")],
+)
+def test_arrays_of_no_numbers(value):
+    text = rf"bias.* is an array of {value.dtype}, not of numbers".replace("[", r"\[")
+    with pytest.raises(TypeError, match=text):
+        from_state_dict({"bias": value}, {"bias": jnp.zeros(1)})
+    with pytest.raises(TypeError, match=text):
+        to_state_dict({"bias": value})
+
+
+def test_random_keys_are_no_numbers():
+    with pytest.raises(TypeError, match=r"key is an array of key<fry>, not of numbers"):
+        to_state_dict({"key": jax.random.key(0)})
+
+
+def test_complex_values_do_not_become_real():
+    assert "bias is complex64, and the template's float32 does not hold its values" in message(
+        {"bias": np.array([1 + 1j], np.complex64)}, {"bias": jnp.zeros(1)}
+    )
+
+
+def test_tensors_that_numpy_cannot_hold():
+    torch = pytest.importorskip("torch", reason="this is about its tensors")
+    tensors = torch.ones(1).to_sparse(), torch.ones(1, device="meta")
+    for tensor in (*tensors, torch.ones(1).to(torch.float8_e4m3fn)):
+        with pytest.raises(TypeError, match="bias in the state dict does not become a numpy array"):
+            from_state_dict({"bias": tensor}, {"bias": jnp.zeros(1)})
+    with pytest.raises(TypeError, match=r"got a Linear\. Pass what its \.state_dict"):
+        from_state_dict(torch.nn.Linear(1, 1), {"bias": jnp.zeros(1)})
+
+
+def test_names_that_are_no_text():
+    state, template = {"bias": array(1)}, {"bias": jnp.zeros(1)}
+    for name in (3, ("bias", 3)):
+        with pytest.raises(TypeError, match="Part: name must be a string or a tuple of strings"):
+            Part(name)
+    for index, count in ((4, 4), (-1, 4), (0, 0)):
+        with pytest.raises(ValueError, match=f"Part: there is no part {index} of {count}"):
+            Part("bias", index, count)
+    for fn in (
+        lambda **kw: from_state_dict(state, template, **kw),
+        lambda **kw: to_state_dict(template, **kw),
+    ):
+        with pytest.raises(TypeError, match="prefix must be a string, got None"):
+            fn(prefix=None)
+        with pytest.raises(TypeError, match="names: bias must be given a string, a Part or None"):
+            fn(names=lambda path: 3)
+        with pytest.raises(ValueError, match="names: 3 is not a regular expression"):
+            fn(names={3: "bias"})
+        with pytest.raises(ValueError, match=r"bias: \['same'\] is no layout"):
+            fn(layouts={"bias": ["same"]})
 
 
 def test_what_is_ignored_is_named_as_it_is_reported():

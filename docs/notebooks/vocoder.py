@@ -90,14 +90,15 @@ class Generator(nnx.Module):
 # ## Its parameters, from PyTorch's file
 #
 # The state of the model leads. Shapes are checked, and nothing may be left over: of the file, only
-# what begins with `generator.` is looked at. That `ups` are transposed convolutions must be
-# said, since shapes cannot always tell.
+# what begins with `generator.` is looked at. The model tells which of its convolutions are
+# transposed: PyTorch keeps their kernels in another order, and a shape does not show the order
+# where a layer has as many inputs as outputs.
 
 # %%
 file = "vocoder/generator.safetensors"  # beside this notebook
-layouts = {r"ups/\d/kernel": "conv_transpose"}
-graph, template = nnx.split(Generator(nnx.Rngs(0)))
-params = wnjax.pytorch.from_state_dict(file, template, layouts=layouts, prefix="generator.")
+model = Generator(nnx.Rngs(0))
+graph, template = nnx.split(model)
+params = wnjax.pytorch.from_state_dict(file, template, model=model, prefix="generator.")
 heading, *lines = wnjax.summary(params).splitlines()
 print(heading, *lines[:4], "...", *lines[-5:], sep="\n")
 
@@ -175,13 +176,14 @@ np.testing.assert_allclose(served, wnjax.wrap(fn)(trained, mel), atol=1e-5)
 # ## And back
 #
 # The same arguments write PyTorch's names and shapes again, in either style of keys. Untouched
-# parameters come back bit for bit; `generator.load_state_dict` takes them as tensors.
+# parameters come back bit for bit. The arrays are copies: `torch.from_numpy` makes the tensors of
+# them that `generator.load_state_dict` takes.
 
 # %%
-back = wnjax.pytorch.to_state_dict(params, layouts=layouts, prefix="generator.")
+back = wnjax.pytorch.to_state_dict(params, model=model, prefix="generator.")
 assert all((back[name] == example[name]).all() for name in back)
 print(len(back), "arrays, equal to those of the file; for example")
 for name in list(back)[:3]:
     print(f"  {name}: {back[name].shape}")
-older = wnjax.pytorch.to_state_dict(trained, layouts=layouts, style="weight_g")
+older = wnjax.pytorch.to_state_dict(trained, model=model, style="weight_g")
 print("in the older style:", ", ".join(list(older)[:3]))

@@ -144,9 +144,15 @@ def opened(source: Any, prefix: str) -> Mapping[str, Any]:
             + (". Pass what its .state_dict() returns" if is_module else "")
         )
     if str(source).endswith(".index.json"):
+        is_safe = str(source).endswith(".safetensors.index.json")
+        load = (
+            "safetensors.numpy.load_file(file)"
+            if is_safe
+            else "torch.load(file, weights_only=True)"
+        )
         raise ValueError(
             f"{source} lists the files of a checkpoint that is in several. Pass the arrays of all: "
-            "{name: x for file in files for name, x in safetensors.numpy.load_file(file).items()}"
+            f"{{name: x for file in files for name, x in {load}.items()}}"
         )
     if not str(source).endswith(".safetensors"):
         raise ValueError(

@@ -130,7 +130,8 @@ def from_state_dict(  # noqa: PLR0913 - each says one thing about the checkpoint
     shapes = [np.shape(_weight(leaf)) for _, leaf in leaves]
     chosen = layouts_of(layouts, layouts_of_modules(model), inside, shapes)
     source = StateDict(state_dict, prefix)
-    result, missing, misfits, untold, lacking = [], [], [], [], []
+    result, missing, misfits, untold = [], [], [], []
+    lacking: list[str] = []
     for (path, leaf), part, choice in zip(leaves, parts, chosen, strict=True):
         try:
             result.append(_loaded(source, leaf, part, choice, half_gains))
@@ -143,9 +144,8 @@ def from_state_dict(  # noqa: PLR0913 - each says one thing about the checkpoint
             untold.append(path)
     unexpected = _not_ignored(ignore, source)
     hint = source.prefix_of(lacking)
-    if hint and not source.found:
-        missing = [f"{len(missing)} of {len(missing)}, such as {missing[0]}"]
-        unexpected = [f"{len(unexpected)}, such as {unexpected[0]}"]
+    if hint and not source.found:  # the prefix explains both lists
+        missing, unexpected = _counted(missing), _counted(unexpected)
     _check(missing, unexpected, misfits, untold, hint)
     return treedef.unflatten(result)
 
@@ -157,6 +157,11 @@ def _not_ignored(ignore: Iterable[str], source: StateDict) -> list[str]:
     ignored = first_patterns(dict.fromkeys(patterns), source.names, "ignore", what=what)
     left = {source.prefix + name for name in source.left}
     return sorted(left.difference(n for n, p in zip(source.names, ignored, strict=True) if p))
+
+
+def _counted(items: list[str]) -> list[str]:
+    """Several items as one, which says how many they are."""
+    return [f"{len(items)}, such as {items[0]}"] if items else []
 
 
 def _weight(leaf: Any) -> Any:

@@ -9,8 +9,8 @@ from typing import Any
 import chex
 
 from wnjax._neurons import examine
-from wnjax._walk.layout import Axis
-from wnjax._walk.tracks import Info, Track
+from wnjax._walk.layout import Atom, Axis
+from wnjax._walk.tracks import Info, Track, Use
 from wnjax._walk.walker import Walk
 from wnjax.pytorch._layouts import Layout, name_of
 from wnjax.pytorch._names import without_collections
@@ -55,9 +55,7 @@ def infer_layouts(
     walk = _Convolutions([getattr(array, "shape", ()) for array in examined.arrays])
     walk.run(examined.traced.jaxpr, examined.infos)
     for use in examined.walk.uses:
-        name = examined.paths[use.leaf].split("/")[-1]
-        rank = len(use.fan_in) + len(use.features)
-        if use.site.operation == "dot_general" and name == "kernel" and rank > 2:
+        if _is_linear(use, examined.paths[use.leaf]):
             layout = Layout((tuple(sorted(use.features)), tuple(sorted(use.fan_in))))
             walk.found.setdefault(use.leaf, set()).add(layout)
     inside = without_collections(examined.paths)
@@ -67,6 +65,13 @@ def infer_layouts(
         for layout in layouts
         if layout is not None and len(layouts) == 1
     }
+
+
+def _is_linear(use: Use, path: str) -> bool:
+    """Whether a kernel with three or more axes is that of a linear layer: attention's, say."""
+    is_kernel = path.rpartition("/")[2] == "kernel" and len(use.fan_in | use.features) > 2
+    is_product = use.site.operation == "dot_general" and use.refusal is None
+    return is_kernel and is_product and not use.site.is_backward
 
 
 class _Convolutions(Walk):
@@ -112,11 +117,10 @@ class _Convolutions(Walk):
 
 def _place(axis: Axis, shape: Sequence[int]) -> tuple[int, bool] | None:
     """The axis of the leaf that an axis of the kernel is, and whether in reverse."""
-    if len(axis.atoms) != 1:
-        return None
-    (atom,) = axis.atoms
-    is_whole = atom.axis is not None and atom.size == axis.size == shape[atom.axis]
-    return (atom.axis, atom.stride < 0) if is_whole and abs(atom.stride) == 1 else None
+    match axis.atoms:
+        case (Atom(int(of), 1 | -1 as stride, size),) if size == axis.size == shape[of]:
+            return of, stride < 0
+    return None
 
 
 def _is_transposed(eqn: Any) -> bool:
