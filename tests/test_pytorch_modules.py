@@ -111,7 +111,7 @@ MODELS = {
     "codec": (
         Codec(),
         None,
-        CODEC_LAYOUTS | {"up/kernel": "conv_transpose", "(smooth|conv)/kernel": "conv"},
+        CODEC_LAYOUTS | {"(up|smooth)/kernel": "conv_transpose", "conv/kernel": "conv"},
     ),
     "attention": (Attention(), ATTENTION_NAMES, {"attend/out/kernel": "linear"}),
 }

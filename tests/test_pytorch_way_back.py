@@ -95,3 +95,15 @@ def test_pytorch_takes_every_array(case, api, tmp_path):
     for save, arrays in ((save_file, back), (save_tensors, tensors)):
         save(arrays, file)
         chex.assert_trees_all_equal(load_file(file), back)
+
+
+def test_pytorch_takes_bfloat16_by_a_file(tmp_path):
+    torch = pytest.importorskip("torch", reason="this is about its functions")
+    from safetensors.torch import load_file as load_tensors  # noqa: PLC0415 - imports torch
+
+    tree = {"kernel": jnp.asarray(array(4, 4, 3), jnp.bfloat16)}
+    back = to_state_dict(tree, layouts={"kernel": "conv_transpose"})
+    save_file(back, tmp_path / "model.safetensors")
+    weight = load_tensors(tmp_path / "model.safetensors")["weight"]
+    assert weight.dtype == torch.bfloat16
+    np.testing.assert_array_equal(weight.float(), back["weight"].astype(np.float32))

@@ -169,7 +169,7 @@ class Codec(nn.Module):
         pad = (transposed_padding(4, 1),)
         x = nn.ConvTranspose(4, (4,), (2,), padding=pad, name="up")(x)
         pad = (transposed_padding(3, 1),)
-        x = nn.ConvTranspose(4, (3,), padding=pad, transpose_kernel=True, name="smooth")(x)
+        x = nn.ConvTranspose(4, (3,), padding=pad, name="smooth")(x)
         y = jnp.tanh(nn.Conv(4, (3,), name="conv")(x))
         return x + nn.Dense(4, name="mix")(y)
 
@@ -189,14 +189,14 @@ class NNXSnake(nnx.Module):
 
 
 class NNXCodec(nnx.Module):
-    """The same in NNX; its transposed convolutions both keep Flax's order of the kernel."""
+    """The same in NNX; one of its transposed convolutions keeps PyTorch's order of the kernel."""
 
     def __init__(self, rngs):
         self.snake = NNXSnake(4)
         pad = [transposed_padding(4, 1)]
         self.up = nnx.ConvTranspose(4, 4, (4,), 2, padding=pad, rngs=rngs)
         pad = [transposed_padding(3, 1)]
-        self.smooth = nnx.ConvTranspose(4, 4, (3,), padding=pad, rngs=rngs)
+        self.smooth = nnx.ConvTranspose(4, 4, (3,), padding=pad, transpose_kernel=True, rngs=rngs)
         self.conv = nnx.Conv(4, 4, (3,), rngs=rngs)
         self.mix = nnx.Linear(4, 4, rngs=rngs)
 
