@@ -16,7 +16,7 @@ from jax.extend import core
 from wnjax._axes import Decision, FeatureAxes, Neuron, NotNeuron, by_patterns, canonical_axes
 from wnjax._leaves import flatten, listing, map_leaves, outer_box, rebox, unbox, unbox_node
 from wnjax._walk.trace import Traced, is_array, trace
-from wnjax._walk.tracks import ACTIVATION, Info, Note, Site, Use
+from wnjax._walk.tracks import ACTIVATION, DATA, Info, Note, Site, Use
 from wnjax._walk.walker import Walk, captured_info, leaf_info
 from wnjax._weight_norm import fold_leaf
 
@@ -161,7 +161,7 @@ def _input_infos(traced: Traced, arrays: Sequence[Any], plain: chex.ArrayTree) -
         infos.append(
             leaf_info(owner, arrays[owner].shape)
             if known and owner is not None
-            else Info(sources=ACTIVATION)
+            else Info(sources=ACTIVATION | DATA)
         )
     return infos
 

@@ -7,10 +7,11 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from wnjax._walk.layout import Layout, is_complete, leaf_axes, repeated
+from wnjax._walk.layout import Layout, is_complete, leaf_axes, long_axes, repeated
 from wnjax._walk.rules import (
     Recorder,
     Rule,
+    displaced,
     end,
     is_narrow,
     narrowed,
@@ -18,7 +19,16 @@ from wnjax._walk.rules import (
     sources_of,
     without_ride,
 )
-from wnjax._walk.tracks import ACTIVATION, OWN_STATISTICS, Info, Track, is_repeated
+from wnjax._walk.tracks import (
+    ACTIVATION,
+    DATA,
+    OWN_STATISTICS,
+    Info,
+    PartialSum,
+    Track,
+    is_repeated,
+    united,
+)
 
 
 def _changed(info: Info, how: str) -> tuple[Track, ...]:
@@ -37,7 +47,8 @@ def _broadcast(eqn: Any, ins: Sequence[Info]) -> list[Info]:
 
         tracks = tuple(track.moved(to(track.layout)) for track in info.tracks)
         sums = tuple(track.moved(to(track.layout)) for track in info.sums)
-        result.append(Info(tracks, sums, info.sources, info.constant | grown))
+        partial = tuple(one for p in info.partial if (one := p.moved(to)) is not None)
+        result.append(Info(tracks, sums, info.sources, info.constant | grown, partial))
     return result
 
 
@@ -80,28 +91,40 @@ def _convert(recorder: Recorder, eqn: Any, ins: Sequence[Info]) -> list[Info]:
 
 
 def _mul(recorder: Recorder, eqn: Any, ins: Sequence[Info]) -> list[Info]:
-    a, b = _broadcast(eqn, ins)
+    return product(recorder, eqn, *_broadcast(eqn, ins))
+
+
+def product(recorder: Recorder, eqn: Any, a: Info, b: Info) -> list[Info]:
+    """The elementwise product of two values that have the shape of the result."""
     tracks = (*_multiplied(recorder, eqn, a, b), *_multiplied(recorder, eqn, b, a))
     sums = (*_scaled_sums(eqn, a, b), *_scaled_sums(eqn, b, a))
-    return [Info(tracks, sums, sources_of(ins), _common_constant([a, b]))]
+    partial = united((*_scaled_partial(a, b), *_scaled_partial(b, a)))
+    return [Info(tracks, sums, sources_of([a, b]), _common_constant([a, b]), partial)]
 
 
 def _div(recorder: Recorder, eqn: Any, ins: Sequence[Info]) -> list[Info]:
     info, divisor = _broadcast(eqn, ins)
     tracks = _multiplied(recorder, eqn, info, divisor)
     end(recorder, eqn, "scale", divisor)
-    sums = _scaled_sums(eqn, info, divisor)
-    return [Info(tracks, sums, sources_of(ins), _common_constant([info, divisor]))]
+    sums, partial = _scaled_sums(eqn, info, divisor), _scaled_partial(info, divisor)
+    return [Info(tracks, sums, sources_of(ins), _common_constant([info, divisor]), partial)]
 
 
 def _scaled_sums(eqn: Any, info: Info, factor: Info) -> tuple[Track, ...]:
     return info.sums if _is_scalar(factor, eqn) and not factor.is_activation else ()
 
 
+def _scaled_partial(info: Info, factor: Info) -> tuple[PartialSum, ...]:
+    """The sums that stay partial. With the outputs of layers on both sides they are over."""
+    is_layer = factor.is_activation and not factor.is_data
+    return tuple(p for p in info.partial if p.call or not is_layer)
+
+
 def _multiplied(recorder: Recorder, eqn: Any, info: Info, factor: Info) -> tuple[Track, ...]:
     """The tracks of a value that is multiplied by a factor."""
     kept = []
-    for track in info.tracks:
+    tracks = [_masked(track, factor) if factor.is_constant else track for track in info.tracks]
+    for track in tracks:
         repeats = _repeats_along(factor, track)
         modulates = repeats and len(_long_axes(track)) > 1
         if any(other.leaf == track.leaf for other in factor.tracks):
@@ -123,11 +146,18 @@ def _multiplied(recorder: Recorder, eqn: Any, info: Info, factor: Info) -> tuple
     return tuple(kept)
 
 
+def _masked(track: Track, factor: Info) -> Track:
+    """The track with the axes marked along which a constant factor varies."""
+    varying = (axis for i, axis in enumerate(track.layout) if i not in factor.constant)
+    return track.moved(track.layout, masked=track.masked | long_axes(varying))
+
+
 def _add(recorder: Recorder, eqn: Any, ins: Sequence[Info]) -> list[Info]:
     a, b = ins = _broadcast(eqn, ins)
     tracks = (*_plus(recorder, eqn, a, b), *_plus(recorder, eqn, b, a))
     sums = (*_shifted(a, b), *_shifted(b, a))
-    return [Info(tracks, sums, sources_of(ins), _common_constant(ins))]
+    partial = united((*_shifted_partial(recorder, a, b), *_shifted_partial(recorder, b, a)))
+    return [Info(tracks, sums, sources_of(ins), _common_constant(ins), partial)]
 
 
 def _plus(recorder: Recorder, eqn: Any, info: Info, other: Info) -> tuple[Track, ...]:
@@ -159,6 +189,12 @@ def _shifted(info: Info, other: Info) -> tuple[Track, ...]:
     )
 
 
+def _shifted_partial(recorder: Recorder, info: Info, other: Info) -> tuple[PartialSum, ...]:
+    """The sums that stay partial: a bias, or data, is added to what is the output of a layer."""
+    biased = {s.leaf for s in info.sums for t in other.tracks if _is_bias_of(recorder, t, s)}
+    return tuple(p for p in info.partial if p.use.leaf not in biased and not other.is_data)
+
+
 def _is_bias_of(recorder: Recorder, track: Track, neurons: Track) -> bool:
     """Whether a parameter has one number for every neuron, and no more."""
     if track.changed or track.is_indexed or track.is_multiple:
@@ -185,9 +221,15 @@ def _select_n(recorder: Recorder, eqn: Any, ins: Sequence[Info]) -> list[Info]:
     constant = _common_constant(ins)
     if (sources := sources_of(ins)) & ACTIVATION:
         end(recorder, eqn, "added token", *(x for x in ins[1:] if not x.is_activation))
-        return [Info(sources=sources, constant=constant)]
-    tracks = [t.moved(t.layout, is_intact=False) for x in ins[1:] for t in x.tracks]
+        partial = () if sources & DATA or ins[0].is_activation else displaced(ins)
+        return [Info(sources=sources, constant=constant, partial=partial)]
+    tracks = [_selected(_masked(t, ins[0]), ins[0]) for x in ins[1:] for t in x.tracks]
     return [Info(tuple(tracks), (), sources, constant)]
+
+
+def _selected(track: Track, which: Info) -> Track:
+    changed = track.changed or ("select_n" if which.depends_on(track.leaf) else None)
+    return track.moved(track.layout, is_intact=False, changed=changed)
 
 
 NONLINEAR = (

@@ -10,6 +10,8 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
+from wnjax._walk.sizes import is_long, is_part
+
 
 class Atom(NamedTuple):
     """A stretch of one axis of the leaf."""
@@ -54,7 +56,7 @@ def whole(*atoms: Atom) -> Axis:
 
 def repeated(size: int) -> Axis:
     """An axis along which the value repeats."""
-    return whole(*[Atom(None, 0, size)] if size > 1 else [])
+    return whole(*[Atom(None, 0, size)] if is_long(size) else [])
 
 
 def atoms_of(layout: Iterable[Axis]) -> list[Atom]:
@@ -64,6 +66,11 @@ def atoms_of(layout: Iterable[Axis]) -> list[Atom]:
 def leaf_axes(layout: Iterable[Axis]) -> frozenset[int]:
     """The axes of the leaf that `layout` has atoms of."""
     return frozenset(atom.axis for atom in atoms_of(layout) if atom.axis is not None)
+
+
+def long_axes(layout: Iterable[Axis]) -> frozenset[int]:
+    """The axes of the leaf of which `layout` has more than one position."""
+    return frozenset(a.axis for a in atoms_of(layout) if a.axis is not None and is_long(a.size))
 
 
 def reshape(layout: Layout, sizes: Sequence[int]) -> Layout:
@@ -91,8 +98,11 @@ def _groups(layout: Layout, sizes: Sequence[int]) -> Iterator[tuple[Layout, tupl
             del (after if lone_new else before)[:1]
             continue
         del before[:1], after[:1]
-        while (excess := math.prod(a.size for a in old) - math.prod(new)) != 0:
-            if excess < 0:
+        while (size := math.prod(a.size for a in old)) != math.prod(new):
+            is_short = is_part(size, math.prod(new))
+            if not (before if is_short else after):
+                raise NoLayout  # equal sizes, but symbols do not show it
+            if is_short:
                 old.append(before.pop(0))
             else:
                 new.append(after.pop(0))
@@ -123,7 +133,9 @@ def _split(axis: Axis, sizes: Sequence[int]) -> list[Axis]:
 def _take_innermost(atoms: list[Atom], size: int) -> list[Atom]:
     """Removes the innermost atoms that make up `size` from `atoms`, cutting one if needed."""
     taken: list[Atom] = []
-    while size > 1:
+    while size != 1:
+        if not atoms:
+            raise NoLayout  # as in `_groups`
         atom = atoms.pop()
         if size % atom.size == 0:
             taken.append(atom)
@@ -144,7 +156,11 @@ def cut(axis: Axis, start: int, stop: int, step: int = 1) -> Axis | None:
     Raises:
       NoLayout: if the part is no product of stretches.
     """
-    size = len(range(start, stop, step))
+    size = (stop - start + step - 1) // step
+    if not all(isinstance(n, int) for n in (start, stop, axis.size)):
+        if step > 1:
+            raise NoLayout
+        return pick(axis, size)
     low, high = max(start, axis.offset), min(stop, axis.offset + axis.length)
     if low >= high:
         return None
@@ -163,7 +179,7 @@ def _shorten(atoms: tuple[Atom, ...], size: int, step: int, start: int) -> tuple
         return atoms
     if size == 1:
         return tuple(atom._replace(size=1) for atom in atoms)
-    long = [i for i, atom in enumerate(atoms) if atom.size > 1]
+    long = [i for i, atom in enumerate(atoms) if is_long(atom.size)]
     inner = math.prod(sizes[long[0] + 1 :])
     if len(long) > 1 and (step > 1 or size % inner or start % inner):
         raise NoLayout
@@ -180,8 +196,10 @@ def pick(axis: Axis, size: int) -> Axis:
     """
     if size == axis.size:
         return axis
-    long = [atom for atom in axis.atoms if atom.size > 1]
-    if not axis.is_whole or (size > 1 and len(long) > 1):
+    if axis.is_whole and not leaf_axes([axis]):
+        return repeated(size)
+    long = [atom for atom in axis.atoms if is_long(atom.size)]
+    if is_long(size) and not (axis.is_whole and len(long) == 1):
         raise NoLayout
     return whole(*_shorten(axis.atoms, size, 1, 0))
 
@@ -207,10 +225,12 @@ def flip(axis: Axis) -> Axis:
 
 def is_complete(layout: Iterable[Axis], axis: int, size: int) -> bool:
     """Whether an axis of the leaf lies in `layout` as a whole, with its positions in order."""
-    atoms = sorted((a for a in atoms_of(layout) if a.axis == axis and a.size > 1), reverse=True)
+    atoms = [atom for atom in atoms_of(layout) if atom.axis == axis and is_long(atom.size)]
+    atoms.sort(key=lambda atom: -atom.stride)
     strides = [math.prod(atom.size for atom in atoms[i + 1 :]) for i in range(len(atoms))]
     total = math.prod(atom.size for atom in atoms)
-    return total == size and [atom.stride for atom in atoms] == strides
+    is_all = size > 0 and total % size == 0  # all_gather makes of one device's shard several
+    return is_all and [atom.stride for atom in atoms] == strides
 
 
 def tile(axis: Axis, copies: int) -> Axis:
@@ -233,9 +253,21 @@ def shard(axis: Axis, size: int) -> Axis:
     if size == axis.size:
         return axis
     shards = axis.size // size
-    long = [i for i, atom in enumerate(axis.atoms) if atom.size > 1]
+    long = [i for i, atom in enumerate(axis.atoms) if is_long(atom.size)]
     if not axis.is_whole or axis.atoms[long[0]].size % shards:
         raise NoLayout
     atoms = list(axis.atoms)
     atoms[long[0]] = atoms[long[0]]._replace(size=atoms[long[0]].size // shards)
     return whole(*atoms)
+
+
+def gather(axis: Axis, shards: int) -> Axis:
+    """An axis of which every device holds a part, on all of them: what undoes `shard`.
+
+    Raises:
+      NoLayout: if atoms do not fill it.
+    """
+    if not axis.is_whole:
+        raise NoLayout
+    outer, *inner = axis.atoms or (Atom(None, 0, 1),)
+    return whole(outer._replace(size=outer.size * shards), *inner)

@@ -12,6 +12,8 @@ from wnjax._walk.layout import (
     NoLayout,
     cut,
     flip,
+    gather,
+    long_axes,
     pick,
     picked,
     repeated,
@@ -21,14 +23,17 @@ from wnjax._walk.layout import (
 from wnjax._walk.rules import (
     Recorder,
     Rule,
+    displaced,
     end,
     move,
     narrowed,
     shapes,
     sources_of,
+    unknown,
     without_ride,
 )
-from wnjax._walk.tracks import ACTIVATION, Info, is_repeated
+from wnjax._walk.sizes import is_less
+from wnjax._walk.tracks import ACTIVATION, DATA, Info, PartialSum, Track, is_repeated
 
 
 def _neg(recorder: Recorder, eqn: Any, ins: Sequence[Info]) -> list[Info]:
@@ -136,10 +141,11 @@ def _looked_up(recorder: Recorder, eqn: Any, out: Info, indices: Sequence[Info])
     """The outcome of indexing; if the indices are data, it is no plain part of the leaf."""
     sources = out.sources | sources_of(indices)
     if not sources_of(indices):
-        return Info(out.tracks, (), sources)
+        return Info(out.tracks, (), sources, partial=out.partial)
     for track in out.tracks:
         recorder.note(track.leaf, "lookup table", eqn)
-    return Info(tuple(t.moved(t.layout, is_indexed=True) for t in out.tracks), (), sources)
+    tracks = tuple(t.moved(t.layout, is_indexed=True) for t in out.tracks)
+    return Info(tracks, (), sources, partial=out.partial)
 
 
 def _gather(recorder: Recorder, eqn: Any, ins: Sequence[Info]) -> list[Info]:
@@ -164,25 +170,109 @@ def _gather(recorder: Recorder, eqn: Any, ins: Sequence[Info]) -> list[Info]:
 
 
 def _concatenate(recorder: Recorder, eqn: Any, ins: Sequence[Info]) -> list[Info]:
-    sources, axis = sources_of(ins), eqn.params["dimension"]
+    axis = eqn.params["dimension"]
+    return _joined(recorder, eqn, ins, [shape[axis] for shape in shapes(eqn)], axis)
+
+
+def _joined(
+    recorder: Recorder, eqn: Any, ins: Sequence[Info], sizes: Sequence[int], axis: int
+) -> list[Info]:
+    """Values of `sizes` beside one another along an axis."""
+    sources = sources_of(ins)
     if sources & ACTIVATION:
         end(recorder, eqn, "added token", *(x for x in ins if not x.is_activation))
-        return [Info(sources=sources)]
+        return [Info(sources=sources, partial=() if sources & DATA else displaced(ins))]
     tracks, start, total = [], 0, eqn.outvars[0].aval.shape[axis]
-    for info, shape in zip(ins, shapes(eqn), strict=True):
+    for info, size in zip(ins, sizes, strict=True):
         for track in info.tracks:
             layout = list(track.layout)
             layout[axis] = Axis(layout[axis].atoms, layout[axis].offset + start, total)
             tracks.append(track.moved(tuple(layout), is_intact=False))
-        start += shape[axis]
+        start += size
     return [Info(tuple(tracks), (), sources)]
+
+
+def _stack(recorder: Recorder, eqn: Any, ins: Sequence[Info]) -> list[Info]:
+    """Every operand fills one position of a new axis."""
+    axis = eqn.params["axis"]
+
+    def to(layout: Layout) -> Layout:
+        return (*layout[:axis], repeated(1), *layout[axis:])
+
+    ins = [move(recorder, eqn, info, to) for info in ins]
+    return _joined(recorder, eqn, ins, [1] * len(ins), axis)
+
+
+def _unstack(recorder: Recorder, eqn: Any, ins: Sequence[Info]) -> list[Info]:
+    (shape,), axis, outs = shapes(eqn), eqn.params["axis"], []
+    for position in range(shape[axis]):
+
+        def to(layout: Layout, position: int = position) -> Layout | None:
+            if cut(layout[axis], position, position + 1) is None:
+                return None
+            return (*layout[:axis], *layout[axis + 1 :])
+
+        outs.append(move(recorder, eqn, ins[0], to, is_intact=False))
+    return outs
+
+
+def _all_gather(recorder: Recorder, eqn: Any, ins: Sequence[Info]) -> list[Info]:
+    """The shards of all devices beside one another, as manual FSDP takes its weights."""
+    if not eqn.params["tiled"]:
+        return unknown(recorder, eqn, ins)
+    axis, shards = eqn.params["all_gather_dimension"], eqn.params["axis_size"]
+
+    def to(layout: Layout) -> Layout:
+        return (*layout[:axis], gather(layout[axis], shards), *layout[axis + 1 :])
+
+    return [move(recorder, eqn, ins[0], to, ins[0].constant, is_intact=False)]
+
+
+def _dynamic_update_slice(recorder: Recorder, eqn: Any, ins: Sequence[Info]) -> list[Info]:
+    """A part of a value in another one, if it is known where."""
+    whole, part, *starts = ins
+    literals = [getattr(var, "val", None) for var in eqn.invars[2:]]
+    (shape, sizes), sources = shapes(eqn)[:2], sources_of(ins)
+    if sources & ACTIVATION or sources_of(starts):
+        return unknown(recorder, eqn, ins)
+
+    def to(layout: Layout) -> Layout:
+        return tuple(map(_placed, layout, shape, sizes, literals))
+
+    moved = move(recorder, eqn, part, to, is_intact=False)
+    return [Info((*_overwritten(whole), *moved.tracks), (), sources)]
+
+
+def _placed(axis: Axis, size: int, of_part: int, start: Any) -> Axis:
+    """An axis of a part in the whole, which has another size there."""
+    if of_part == size:
+        return axis
+    if start is None:
+        raise NoLayout
+    first = min(max(int(start), 0), size - of_part)
+    return Axis(axis.atoms, axis.offset + first, size)
+
+
+def _overwritten(info: Info) -> tuple[Track, ...]:
+    """The tracks of a value of which a part is replaced, as if by a mask."""
+    return tuple(
+        t.moved(t.layout, is_intact=False, masked=long_axes(t.layout)) for t in info.tracks
+    )
+
+
+def _scatter(recorder: Recorder, eqn: Any, ins: Sequence[Info]) -> list[Info]:
+    """Constants in the place of a part of a weight."""
+    whole, *others = ins
+    if whole.is_activation or not all(info.is_constant for info in others):
+        return unknown(recorder, eqn, ins)
+    return [Info(_overwritten(whole), (), sources_of(ins))]
 
 
 def _pad(recorder: Recorder, eqn: Any, ins: Sequence[Info]) -> list[Info]:
     config, shape = eqn.params["padding_config"], eqn.outvars[0].aval.shape
 
     def to(layout: Layout) -> Layout:
-        if any(min(padding) < 0 or padding[2] for padding in config):
+        if any(is_less(low, 0) or is_less(high, 0) or inside for low, high, inside in config):
             raise NoLayout
         return tuple(
             repeated(size) if is_repeated(axis) else Axis(axis.atoms, axis.offset + low, size)
@@ -202,12 +292,27 @@ def _reduce_sum(recorder: Recorder, eqn: Any, ins: Sequence[Info]) -> list[Info]
     """Sums of neurons may be taken in parts, over axes without features."""
     end(recorder, eqn, "unknown operation reduce_sum", *ins)
     summed = eqn.params["axes"]
+    partial = [_summed(recorder, eqn, ins[0], one) for one in ins[0].partial]
 
     def to(layout: Layout) -> Layout | None:
         is_partial = all(is_repeated(layout[i]) for i in summed)
         return tuple(x for i, x in enumerate(layout) if i not in summed) if is_partial else None
 
-    return [move(recorder, eqn, dataclasses.replace(ins[0], tracks=()), to)]
+    out = move(recorder, eqn, dataclasses.replace(ins[0], tracks=(), partial=()), to)
+    return [dataclasses.replace(out, partial=tuple(partial))]
+
+
+def _summed(recorder: Recorder, eqn: Any, info: Info, partial: PartialSum) -> PartialSum:
+    """A partial sum in the sum of a value over some of its axes."""
+    if partial.layout is None:
+        return partial
+    summed = long_axes(partial.layout[i] for i in eqn.params["axes"])
+    call = recorder.einsum_call(eqn)
+    if summed and (info.is_data if partial.call is None else call and call.name == partial.call):
+        refusal = "unknown operation reduce_sum"
+        recorder.revise(dataclasses.replace(partial.use, refusal=refusal))
+    kept = tuple(x for i, x in enumerate(partial.layout) if i not in eqn.params["axes"])
+    return dataclasses.replace(partial, layout=kept)
 
 
 def _psum(recorder: Recorder, eqn: Any, ins: Sequence[Info]) -> list[Info]:
@@ -239,6 +344,11 @@ RULES: dict[str, Rule] = {
     "dynamic_slice": _dynamic_slice,
     "gather": _gather,
     "concatenate": _concatenate,
+    "stack": _stack,
+    "unstack": _unstack,
+    "dynamic_update_slice": _dynamic_update_slice,
+    "scatter": _scatter,
+    **dict.fromkeys(["all_gather", "all_gather_invariant"], _all_gather),
     "pad": _pad,
     "tile": _tile,
 }

@@ -10,22 +10,36 @@ import dataclasses
 import functools
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax.numpy as jnp
 
 from wnjax._walk.layout import Layout, NoLayout
-from wnjax._walk.tracks import Info, Site, Use
+from wnjax._walk.tracks import Info, PartialSum, Site, Use, united
+
+
+class EinsumCall(NamedTuple):
+    """A call of `einsum` with three operands or more: a sum that is made of several products.
+
+    Attributes:
+      name: where it is.
+      is_over: whether the equation is the last of its products.
+    """
+
+    name: str
+    is_over: bool
 
 
 class Recorder(Protocol):
     """Who writes down what the rules find."""
 
     def use(self, use: Use) -> None: ...
+    def revise(self, use: Use) -> None: ...
     def note(self, leaf: int, kind: str, eqn: Any) -> None: ...
     def bias(self, weight: int, bias: int) -> None: ...
     def shape(self, leaf: int) -> tuple[int, ...]: ...
     def site(self, eqn: Any) -> Site: ...
+    def einsum_call(self, eqn: Any) -> EinsumCall | None: ...
 
 
 Rule = Callable[[Recorder, Any, Sequence[Info]], list[Info]]
@@ -36,7 +50,14 @@ def unknown(recorder: Recorder, eqn: Any, ins: Sequence[Info]) -> list[Info]:
     for info in ins:
         for track in info.tracks:
             recorder.note(track.leaf, f"unknown operation {eqn.primitive.name}", eqn)
-    return [Info(sources=sources_of(ins)) for _ in eqn.outvars]
+    return [Info(sources=sources_of(ins), partial=displaced(ins)) for _ in eqn.outvars]
+
+
+def displaced(ins: Sequence[Info]) -> tuple[PartialSum, ...]:
+    """The partial sums in some values, in another that holds them in a way that is not known."""
+    return united(
+        dataclasses.replace(partial, layout=None) for info in ins for partial in info.partial
+    )
 
 
 def is_narrow(dtype: Any) -> bool:
@@ -89,7 +110,8 @@ def move(
             continue
         if layout is not None:
             sums.append(track.moved(layout))
-    return Info(tuple(tracks), tuple(sums), info.sources, constant)
+    partial = [one for p in info.partial if (one := p.moved(to)) is not None]
+    return Info(tuple(tracks), tuple(sums), info.sources, constant, tuple(partial))
 
 
 def end(recorder: Recorder, eqn: Any, kind: str, *ins: Info) -> None:

@@ -5,27 +5,53 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax.numpy as jnp
 
-from wnjax._walk.layout import atoms_of, repeated
+from wnjax._walk.arithmetic import product
+from wnjax._walk.layout import Layout, atoms_of, long_axes, repeated
 from wnjax._walk.rules import (
     Recorder,
     Rule,
     end,
     is_narrow,
+    move,
     shapes,
     sources_of,
     unknown,
     without_ride,
 )
-from wnjax._walk.tracks import ACTIVATION, OWN_STATISTICS, Info, Track, Use, has_copies
+from wnjax._walk.sizes import is_long
+from wnjax._walk.tracks import (
+    ACTIVATION,
+    CAPTURED,
+    OWN_STATISTICS,
+    Info,
+    PartialSum,
+    Track,
+    Use,
+    has_copies,
+    united,
+)
+
+Places: TypeAlias = Sequence[int | None]  # of an operand's dimensions in the output; None: summed
+
+
+SEVERAL_WEIGHTS = (
+    "several weights in one einsum, whose sizes decide in which order they are summed over: "
+    "write it as einsums of two operands"
+)
+CONSTANT = "the other operand is constant"
+CONSTANT_BETWEEN = (
+    "multiplied by a constant array before, or after, it meets the data: if that array is data, "
+    "make it an argument of fn"
+)
 
 
 def _dot_general(recorder: Recorder, eqn: Any, ins: Sequence[Info]) -> list[Info]:
     contracting, batch = eqn.params["dimension_numbers"]
-    outs: list[list[int | None]] = []
+    places: list[Places] = []
     free = len(batch[0])
     for shape, summed, batched in zip(shapes(eqn), contracting, batch, strict=True):
         dims: list[int | None] = [None] * len(shape)
@@ -34,11 +60,23 @@ def _dot_general(recorder: Recorder, eqn: Any, ins: Sequence[Info]) -> list[Info
         for dim in range(len(shape)):
             if dim not in summed and dim not in batched:
                 dims[dim], free = free, free + 1
-        outs.append(dims)
+        places.append(dims)
+    if not contracting[0]:
+        a, b = (_broadcast(recorder, eqn, *pair) for pair in zip(ins, places, strict=True))
+        return product(recorder, eqn, a, b)
+    partial = _continued(recorder, eqn, ins, places)
     side = _weight_side(recorder, eqn, ins)
     if side is None:
-        return [Info(sources=sources_of(ins))]
-    return [_consume(recorder, eqn, ins[side], ins[1 - side], outs[side])]
+        return [Info(sources=sources_of(ins), partial=partial)]
+    out = _consume(recorder, eqn, ins[side], ins[1 - side], places[side])
+    return [dataclasses.replace(out, partial=united((*out.partial, *partial)))]
+
+
+def _broadcast(recorder: Recorder, eqn: Any, info: Info, places: Places) -> Info:
+    """An operand of a product that sums over nothing, with the shape of the result."""
+    varying = {at for i, at in enumerate(places) if i not in info.constant}
+    constant = frozenset(range(len(eqn.outvars[0].aval.shape))) - varying
+    return move(recorder, eqn, info, lambda x: _lay_out(eqn, x, places), constant)
 
 
 def _conv(recorder: Recorder, eqn: Any, ins: Sequence[Info]) -> list[Info]:
@@ -49,7 +87,63 @@ def _conv(recorder: Recorder, eqn: Any, ins: Sequence[Info]) -> list[Info]:
     dims[numbers.rhs_spec[0]] = numbers.out_spec[1]
     if eqn.params["batch_group_count"] > 1:  # only gradients have these
         return unknown(recorder, eqn, [weight])
-    return [_consume(recorder, eqn, weight, inputs, dims)]
+    # Windows mix the positions of the inputs.
+    partial = _continued(recorder, eqn, ins, [None, dims])
+    out = _consume(recorder, eqn, weight, inputs, dims)
+    return [dataclasses.replace(out, partial=united((*out.partial, *partial)))]
+
+
+def _continued(
+    recorder: Recorder, eqn: Any, ins: Sequence[Info], places: Sequence[Places | None]
+) -> tuple[PartialSum, ...]:
+    """The partial sums in two operands, as they are in their product."""
+    pairs = [
+        (partial, ins[1 - side], places[side])
+        for side, info in enumerate(ins[:2])
+        for partial in info.partial
+    ]
+    after = [_continue(recorder, eqn, *pair) for pair in pairs]
+    return united(partial for partial in after if partial.call or partial.is_constant)
+
+
+def _continue(
+    recorder: Recorder, eqn: Any, partial: PartialSum, other: Info, places: Places | None
+) -> PartialSum:
+    """A partial sum in a product with another value, over the dimensions without a place."""
+    layout, summed, kept = None, frozenset[int](), frozenset[int]()
+    if partial.layout is not None and places is not None:
+        summed = long_axes(x for x, at in zip(partial.layout, places, strict=True) if at is None)
+        layout = _lay_out(eqn, partial.layout, places)
+        kept = long_axes(layout)
+    call = recorder.einsum_call(eqn)
+    is_same_call = call is not None and call.name == partial.call
+    refusal, goes_on = None, is_same_call
+    if is_same_call and _takes_part(other, partial.call):
+        refusal = SEVERAL_WEIGHTS
+    elif is_same_call and (partial.is_constant or other.is_constant):
+        refusal = CONSTANT_BETWEEN
+    elif partial.is_constant and (other.is_data or other.is_constant):
+        refusal = CONSTANT_BETWEEN if layout is None or summed else None
+        goes_on = True
+    use = _extended(partial.use, summed, kept, refusal) if goes_on else partial.use
+    if goes_on:
+        recorder.revise(use)
+    name = partial.call if call is not None and is_same_call and not call.is_over else None
+    is_constant = partial.is_constant and not other.is_data and use.refusal is None
+    return PartialSum(use, layout, name, is_constant)
+
+
+def _takes_part(info: Info, call: str | None) -> bool:
+    """Whether a value holds a weight, or what the same call of `einsum` has made of one."""
+    return bool(info.tracks) or any(partial.call == call for partial in info.partial)
+
+
+def _extended(use: Use, summed: frozenset[int], kept: frozenset[int], refusal: str | None) -> Use:
+    """A sum that goes on over further axes of its weight. No single operation has all of it."""
+    if refusal is None and (partly := sorted(summed & kept)):
+        refusal = f"only part of axis {partly[0]} is summed"
+    fan_in, features = use.fan_in | summed, use.features - (summed - kept)
+    return dataclasses.replace(use, fan_in=fan_in, features=features, refusal=refusal, rides=False)
 
 
 def _ragged_dot(recorder: Recorder, eqn: Any, ins: Sequence[Info]) -> list[Info]:
@@ -62,8 +156,9 @@ def _ragged_dot(recorder: Recorder, eqn: Any, ins: Sequence[Info]) -> list[Info]
     # The groups have no axis in the output, so that no factor can be put there.
     weight = without_ride(weight)
     places = [None if dim in summed else 0 for dim in range(len(shapes(eqn)[1]))]
+    partial = _continued(recorder, eqn, ins, [None, None])
     out = _consume(recorder, eqn, weight, inputs, places)
-    return [Info(sources=out.sources | sources_of(ins))]
+    return [Info(sources=out.sources | sources_of(ins), partial=partial)]
 
 
 def _weight_side(recorder: Recorder, eqn: Any, ins: Sequence[Info]) -> int | None:
@@ -97,11 +192,15 @@ def _consume(
     eqn: Any,
     weight: Info,
     other: Info,
-    places: Sequence[int | None],
+    places: Places,
 ) -> Info:
     """Writes down that a weight is summed over its dimensions without a place in the output."""
-    refusal = None if other.sources else "the other operand is constant"
-    sums, sources = [], weight.sources | other.sources
+    call = recorder.einsum_call(eqn)
+    name = None if call is None or call.is_over else call.name
+    refusal = None if other.sources else CONSTANT
+    if call is not None and _takes_part(other, call.name):
+        refusal = SEVERAL_WEIGHTS
+    partial, sums, sources = [], [], weight.sources | other.sources
     for track in weight.tracks:
         summed = atoms_of(axis for axis, at in zip(track.layout, places, strict=True) if at is None)
         if track.is_indexed and any(atom.stride == 0 and atom.axis is not None for atom in summed):
@@ -111,16 +210,24 @@ def _consume(
             recorder.note(track.leaf, "scale", eqn)
             continue
         alone = len(weight.tracks) == 1 and all(axis.is_whole for axis in track.layout)
-        recorder.use(dataclasses.replace(use, rides=use.rides and alone))
+        use = dataclasses.replace(use, rides=use.rides and alone)
+        recorder.use(use)
         sources |= ACTIVATION
-        if use.refusal is None:
-            sums.append(_sum(eqn, track, places))
-    return Info((), tuple(sums), sources)
+        if use.refusal is not None:
+            continue
+        layout = _lay_out(eqn, track.layout, places)
+        sums.append(Track(track.leaf, layout, track.stacked, track.scanned))
+        if name is not None or _is_captured(other):
+            partial.append(PartialSum(use, layout, name, _is_captured(other)))
+    return Info((), tuple(sums), sources, partial=tuple(partial))
 
 
-def _use(
-    recorder: Recorder, eqn: Any, track: Track, places: Sequence[int | None], refusal: str | None
-) -> Use:
+def _is_captured(info: Info) -> bool:
+    """Whether a value comes from arrays that the function closes over, and no layer was between."""
+    return info.sources == CAPTURED or any(p.is_constant for p in info.partial)
+
+
+def _use(recorder: Recorder, eqn: Any, track: Track, places: Places, refusal: str | None) -> Use:
     pairs = list(zip(track.layout, places, strict=True))
     summed = atoms_of(axis for axis, place in pairs if place is None)
     kept = atoms_of(axis for axis, place in pairs if place is not None)
@@ -131,8 +238,8 @@ def _use(
     if track.changed:
         refusal = refusal or _refusal(track.changed)
     for axis in fan_in & features:
-        is_kept = axis in track.stacked or any(a.axis == axis and a.size > 1 for a in kept)
-        is_summed = any(a.axis == axis and a.size > 1 for a in summed)
+        is_kept = axis in track.stacked or any(a.axis == axis and is_long(a.size) for a in kept)
+        is_summed = any(a.axis == axis and is_long(a.size) for a in summed)
         (fan_in if is_kept else features).remove(axis)
         if is_kept and is_summed:
             refusal = refusal or f"only part of axis {axis} is summed"
@@ -144,7 +251,8 @@ def _use(
     narrow = track.is_narrow or is_narrow(dtype)
     scanned = frozenset(axis for axis, _ in track.scanned)
     axes = frozenset(fan_in), frozenset(features)
-    return Use(track.leaf, *axes, refusal, site, size, rides, narrow, scanned)
+    is_masked = not track.masked.isdisjoint(fan_in)
+    return Use(track.leaf, *axes, refusal, site, size, rides, narrow, scanned, is_masked)
 
 
 def _refusal(changed: str) -> str:
@@ -153,13 +261,13 @@ def _refusal(changed: str) -> str:
     return f"function of the parameter ({changed})"
 
 
-def _sum(eqn: Any, track: Track, places: Sequence[int | None]) -> Track:
-    """Where the neurons of a weight lie in the output of their layer."""
-    layout = [repeated(size) for size in eqn.outvars[0].aval.shape]
-    for axis, place in zip(track.layout, places, strict=True):
+def _lay_out(eqn: Any, layout: Layout, places: Places) -> Layout:
+    """The layout of the output of a product: dimensions of an operand at their places there."""
+    result = [repeated(size) for size in eqn.outvars[0].aval.shape]
+    for axis, place in zip(layout, places, strict=True):
         if place is not None:
-            layout[place] = axis
-    return Track(track.leaf, tuple(layout), track.stacked, track.scanned)
+            result[place] = axis
+    return tuple(result)
 
 
 RULES: dict[str, Rule] = {

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from jax.extend import source_info_util
 
-from wnjax._walk.layout import Axis, Layout, atoms_of, leaf_axes
+from wnjax._walk.layout import Axis, Layout, NoLayout, atoms_of, leaf_axes
+from wnjax._walk.sizes import is_long
 
 ACTIVATION = 1  # depends on the arguments beside the parameters, or is a layer's output
 CAPTURED = 2  # depends on an array that the traced function closes over
-FIRST_LEAF = 4  # depends on leaf 0; leaf i has the bit FIRST_LEAF << i
+DATA = 4  # depends on the arguments beside the parameters
+FIRST_LEAF = 8  # depends on leaf 0; leaf i has the bit FIRST_LEAF << i
 
 OWN_STATISTICS = "own statistics"  # what changed a leaf that is divided by its own norm, say
 
@@ -30,6 +33,7 @@ class Track:
       is_multiple: whether it was multiplied by anything.
       is_intact: whether it is the whole leaf, but for the axes that scans run over.
       is_narrow: whether it was cast to a dtype of a narrow range, such as float16.
+      masked: axes of the leaf along which a constant factor of it varies, such as a mask.
     """
 
     leaf: int
@@ -41,6 +45,7 @@ class Track:
     is_multiple: bool = False
     is_intact: bool = True
     is_narrow: bool = False
+    masked: frozenset[int] = frozenset()
 
     def moved(self, layout: Layout, **changes: Any) -> Track:
         """The track with another layout; the axes that are no longer in it were picked from."""
@@ -57,16 +62,27 @@ class Info:
       sums: the weights whose neurons' sums it is, laid out by their feature axes.
       sources: what it depends on: a set of bits.
       constant: axes along which it repeats.
+      partial: the sums over axes of weights that it holds, and that may not be over yet.
     """
 
     tracks: tuple[Track, ...] = ()
     sums: tuple[Track, ...] = ()
     sources: int = 0
     constant: frozenset[int] = frozenset()
+    partial: tuple[PartialSum, ...] = ()
 
     @property
     def is_activation(self) -> bool:
         return bool(self.sources & ACTIVATION)
+
+    @property
+    def is_data(self) -> bool:
+        return bool(self.sources & DATA)
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether it depends on no argument: at most on arrays that the function closes over."""
+        return not self.sources & ~CAPTURED
 
     def depends_on(self, leaf: int) -> bool:
         return bool(self.sources & (FIRST_LEAF << leaf))
@@ -115,6 +131,7 @@ class Use:
       rides: whether a factor of the weight's features can be put on the output instead.
       is_narrow: whether it is computed in a dtype of a narrow range, such as float16.
       scanned: the axes of the leaf that loops around this run over.
+      is_masked: whether a constant factor of the weight varies along `fan_in`.
     """
 
     leaf: int
@@ -126,6 +143,45 @@ class Use:
     rides: bool
     is_narrow: bool
     scanned: frozenset[int]
+    is_masked: bool = False
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PartialSum:
+    """A sum over axes of a weight that a later product may continue.
+
+    Attributes:
+      use: the sum.
+      layout: where the other axes of the weight lie in the value; None if that is not known.
+      call: the call of `einsum` that is not at its end; None if there is none.
+      is_constant: whether only arrays that the function closes over have met the weight. These
+        may be data, and the value is the output of a layer; or a basis, and it is a larger weight.
+    """
+
+    use: Use
+    layout: Layout | None
+    call: str | None
+    is_constant: bool
+
+    def moved(self, to: Callable[[Layout], Layout | None]) -> PartialSum | None:
+        """The same in a rearranged value; None if the value holds no more of it."""
+        if self.layout is None:
+            return self
+        try:
+            layout = to(self.layout)
+        except NoLayout:
+            return dataclasses.replace(self, layout=None)
+        return None if layout is None else dataclasses.replace(self, layout=layout)
+
+
+def united(partial: Iterable[PartialSum]) -> tuple[PartialSum, ...]:
+    """One entry for every sum; where it lies is known if all entries agree."""
+    result: dict[Any, PartialSum] = {}
+    for one in partial:
+        other = result.setdefault((one.use.leaf, one.use.site), one)
+        if other.layout != one.layout:
+            result[one.use.leaf, one.use.site] = dataclasses.replace(other, layout=None)
+    return tuple(result.values())
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -151,5 +207,6 @@ def is_repeated(axis: Axis) -> bool:
 def has_copies(track: Track) -> bool:
     """Whether the value holds its leaf several times."""
     return any(
-        atom.size > 1 and (atom.axis is None or atom.stride == 0) for atom in atoms_of(track.layout)
+        is_long(atom.size) and (atom.axis is None or atom.stride == 0)
+        for atom in atoms_of(track.layout)
     )

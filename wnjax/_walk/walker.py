@@ -6,10 +6,12 @@ this module how they enter and leave nested jaxprs. It reads types and equations
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import itertools
 import math
 import os
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -18,8 +20,18 @@ from jax.extend import core, source_info_util
 
 from wnjax._walk import arithmetic, layout, moves, sums
 from wnjax._walk.layout import Layout
-from wnjax._walk.rules import move, sources_of, unknown, without_ride
-from wnjax._walk.tracks import CAPTURED, FIRST_LEAF, Info, Note, Site, Track, Use, is_repeated
+from wnjax._walk.rules import EinsumCall, displaced, move, sources_of, unknown, without_ride
+from wnjax._walk.tracks import (
+    CAPTURED,
+    FIRST_LEAF,
+    Info,
+    Note,
+    Site,
+    Track,
+    Use,
+    is_repeated,
+    united,
+)
 
 # Source lines are the user's, also where our modules call Flax's.
 source_info_util.register_exclusion(os.path.dirname(__file__) + os.sep)
@@ -45,8 +57,28 @@ def leaf_info(leaf: int, shape: Sequence[int]) -> Info:
 
 def captured_info(value: Any) -> Info:
     """What is known of an array that a function closes over: it may be data, or a table."""
+    if not jnp.ndim(value):
+        return Info()
     is_float = jnp.issubdtype(jnp.result_type(value), jnp.inexact)
-    return Info(sources=CAPTURED if is_float and jnp.ndim(value) else 0)
+    return Info(sources=CAPTURED if is_float else 0)
+
+
+# `einsum` names the scope of its products after its subscripts.
+_THREE_OPERANDS = re.compile(r"(?:[\w. ]*,){2,}[\w. ]*(?:->[\w. ]*)?(?=\)*$)")
+
+
+def einsum_calls(jaxpr: Any) -> dict[int, EinsumCall]:
+    """By the identity of an equation: the call of `einsum` with three operands that it is of."""
+    calls, products = {}, collections.Counter[str]()
+    for eqn in jaxpr.eqns:
+        name = str(eqn.source_info.name_stack)
+        if not (found := _THREE_OPERANDS.search(name)):
+            continue
+        is_product = eqn.primitive.name == "dot_general"
+        products[name] += is_product
+        is_over = is_product and products[name] % found[0].count(",") == 0
+        calls[id(eqn)] = EinsumCall(name, is_over)
+    return calls
 
 
 def inner_jaxpr(eqn: Any) -> Any:
@@ -96,6 +128,7 @@ class Walk:
         self._trips = 1
         self._is_direct = True
         self._is_certain = True
+        self._einsum_calls: dict[int, EinsumCall] = {}
         self.depth = 0  # of the jaxpr
 
     # What the rules write down.
@@ -103,6 +136,13 @@ class Walk:
     def use(self, use: Use) -> None:
         """Records a sum over some axes of a leaf."""
         self.uses.append(use)
+
+    def revise(self, use: Use) -> None:
+        """Says anew what the sum is that was recorded of this leaf at this site."""
+        self.uses = [
+            use if (old.leaf, old.refusal) == (use.leaf, None) and old.site == use.site else old
+            for old in self.uses
+        ]
 
     def note(self, leaf: int, kind: str, eqn: Any) -> None:
         """Records anything else that happens to a leaf."""
@@ -116,6 +156,10 @@ class Walk:
         """The shape of a leaf."""
         return self.shapes[leaf]
 
+    def einsum_call(self, eqn: Any) -> EinsumCall | None:
+        """The call of `einsum` with three operands or more that an equation is a part of."""
+        return self._einsum_calls.get(id(eqn))
+
     def site(self, eqn: Any) -> Site:
         """Where an equation stands."""
         where = self._trips, self._is_direct, self._is_certain
@@ -128,11 +172,13 @@ class Walk:
         env = dict(zip(inputs_of(jaxpr), ins, strict=True))
 
         def read(var: Any) -> Info:
-            return Info() if isinstance(var, core.Literal) else env[var]
+            return captured_info(var.val) if isinstance(var, core.Literal) else env[var]
 
+        before, self._einsum_calls = self._einsum_calls, einsum_calls(jaxpr)
         for eqn in jaxpr.eqns:
             outs = self.equation(eqn, [read(var) for var in eqn.invars])
             env.update(zip(eqn.outvars, outs, strict=True))
+        self._einsum_calls = before
         return [read(var) for var in jaxpr.outvars]
 
     def equation(self, eqn: Any, ins: Sequence[Info]) -> list[Info]:
@@ -170,7 +216,7 @@ class Walk:
             for track in info.tracks:
                 self.note(track.leaf, "unknown operation scan (stacked outputs)", eqn)
         after = self._joined(eqn, carry, outs[:carried])
-        return [*after, *(Info(sources=info.sources) for info in outs[carried:])]
+        return [*after, *map(_opaque, outs[carried:])]
 
     def loop_inputs(self, eqn: Any, ins: Sequence[Info]) -> list[Info]:
         """What every step of a scan knows of its inputs."""
@@ -194,7 +240,8 @@ class Walk:
             is_intact = track.is_intact and (axis is not None or is_repeated(track.layout[0]))
             tracks.append(track.moved(track.layout[1:], scanned=scanned, is_intact=is_intact))
         constant = frozenset(axis - 1 for axis in info.constant if axis)
-        return Info(tuple(tracks), (), info.sources, constant)
+        partial = [one for p in info.partial if (one := p.moved(lambda x: x[1:])) is not None]
+        return Info(tuple(tracks), (), info.sources, constant, tuple(partial))
 
     def scanned_axis(self, track: Track) -> int | None:
         """The axis of its leaf that the first axis of a value is; None if it is no whole axis."""
@@ -262,7 +309,7 @@ class Walk:
         with self.inside(is_direct=False):
             outs = self.run(jaxpr, [*map(captured_info, consts), *local])
         self.shapes = before
-        return [Info(sources=info.sources) for info in outs]
+        return list(map(_opaque, outs))
 
     def _local_shapes(self, infos: Sequence[Info]) -> list[tuple[int, ...]]:
         """The shapes of the leaves, of those that `infos` hold as one device has them."""
@@ -310,7 +357,13 @@ def _join(a: Info, b: Info) -> Info:
         tuple(track for track in a.sums if track in b.sums),
         a.sources | b.sources,
         a.constant & b.constant,
+        united((*a.partial, *b.partial)),
     )
+
+
+def _opaque(info: Info) -> Info:
+    """A value that leaves a jaxpr in another form than it has inside."""
+    return Info(sources=info.sources, partial=displaced([info]))
 
 
 def _either(which: Info, infos: Sequence[Info]) -> Info:
@@ -325,4 +378,5 @@ def _either(which: Info, infos: Sequence[Info]) -> Info:
         tuple(t for t in infos[0].sums if all(t in info.sums for info in infos)),
         which.sources | sources_of(infos),
         frozenset.intersection(*(info.constant for info in infos)),
+        united(partial for info in infos for partial in info.partial),
     )
