@@ -1,5 +1,7 @@
 """`neurons` against axes that were derived by hand."""
 
+import contextlib
+import gc
 import re
 
 import chex
@@ -15,7 +17,7 @@ from jax.extend import core
 import wnjax
 from tests import toys, traced_layers, traced_layers_flax, traced_layers_nested, traced_models
 from wnjax._leaves import flatten, unbox
-from wnjax._walk.walker import RULES
+from wnjax._walk.walker import RULES, TRANSPARENT
 
 LAYERS = traced_layers.CASES | traced_layers_flax.CASES | traced_layers_nested.CASES
 MODELS = traced_models.MODELS
@@ -42,10 +44,17 @@ def biases(found):
     return {path: d.bias for path, d in neurons.items() if d.bias}
 
 
+def warning(name):
+    """What `neurons` warns of in a layer."""
+    is_masked = name in traced_layers.MASKED
+    return pytest.warns(UserWarning, match="a mask") if is_masked else contextlib.nullcontext()
+
+
 @pytest.mark.parametrize("name", LAYERS)
 def test_layers(name):
     fn, params, args = LAYERS[name].build()
-    found = wnjax.neurons(fn, params, *args)
+    with warning(name):
+        found = wnjax.neurons(fn, params, *args)
     check(found, LAYERS[name].expected)
     if LAYERS[name].biases is not None:
         assert biases(found) == LAYERS[name].biases
@@ -324,15 +333,79 @@ def test_any_einsum(letters):
         assert varying == set(range(len(w))) - set(found.feature_axes)
 
 
-# Handled, but not named in `jax.extend.core.primitives` of every version that we support.
-UNLISTED = {
-    "copy_p", "layout_constraint", "mesh_cast", "optimization_barrier", "pcast", "psum_invariant",
-    "pvary", "ragged_dot_general", "reshard", "split", "tile",
-}  # fmt: skip
+@st.composite
+def einsums_of_three(draw):
+    """An equation of x, y and w, in any order, and sizes; every axis of w is in x, y or z."""
+    of_w = draw(st.permutations(LETTERS))[: draw(st.integers(1, 4))]
+    places = st.sets(st.sampled_from("xyz"), min_size=1)
+    roles = {a: draw(places) for a in of_w}
+    roles[of_w[0]] -= {"z"}
+    roles[of_w[0]] |= {draw(st.sampled_from("xy"))}
+    roles["n"] = {"x", "y", "z"}
+    terms = {t: "".join(draw(st.permutations([a for a in roles if t in roles[a]]))) for t in "xyz"}
+    operands = draw(st.permutations([terms["x"], terms["y"], "".join(of_w)]))
+    sizes = {a: draw(st.sampled_from([2, 3, 16])) for a in roles}
+    return ",".join(operands) + "->" + terms["z"], "".join(of_w), sizes
+
+
+@hypothesis.settings(max_examples=60, deadline=None)
+@hypothesis.given(einsums_of_three())
+def test_any_einsum_of_three_operands(case):
+    """The feature axes are those of the output, in whatever order `einsum` sums."""
+    equation, w, sizes = case
+    terms, output = equation.split("->")
+
+    def shape(term):
+        return jax.ShapeDtypeStruct(tuple(sizes[a] for a in term), jnp.float32)
+
+    place = terms.split(",").index(w)
+
+    def fn(params, *xs):
+        return jnp.einsum(equation, *xs[:place], params, *xs[place:])
+
+    others = [shape(term) for i, term in enumerate(terms.split(",")) if i != place]
+    found = wnjax.neurons(fn, shape(w), *others)
+    assert found.feature_axes == tuple(i for i, a in enumerate(w) if a in output)
+
+
+def test_a_basis_is_not_initialized_as_if_it_were_data():
+    """The outputs of `w @ MATRIX` are no pre-activations; those of `MATRIX @ w` are none either."""
+    matrix, x = traced_layers.MATRIX, jnp.ones((2, 4))
+    for fn in (lambda p, x: x @ (p["w"] @ matrix), lambda p, x: x @ (matrix @ p["w"])):
+        with pytest.raises(ValueError, match="nothing to initialize"):
+            wnjax.data_init(fn, {"w": jnp.ones((4, 4))}, x)
+
+
+def test_a_weight_that_was_masked_before():
+    """As the warning says: the norm is that of what is summed, and masked entries stay 0."""
+    mask = np.array([[1, 0], [1, 1], [0, 1]], np.float32)
+    w = jnp.array([[1.0, 90.0], [2.0, 3.0], [-80.0, 4.0]])
+    x, y = jnp.array([[1.0, -2.0, 0.5], [0.3, 1.0, 2.0]]), jnp.array([[1.0, 2.0], [0.0, 1.0]])
+
+    def fn(params, x):
+        return x @ (params["w"] * mask)
+
+    with pytest.warns(UserWarning, match="multiplies these weights(.|\n)*w: at .*test_neurons.py"):
+        axes = wnjax.neurons(fn, {"w": w}, x)
+    assert axes["w"] == wnjax.Neuron((1,), operation="dot_general, masked")
+    assert "dot_general, masked" in wnjax.summary(axes)
+    axes = wnjax.neurons(fn, {"w": w}, x, overrides={"w": -1})  # no warning
+    params = wnjax.weight_norm({"w": w * mask}, axes)
+    np.testing.assert_allclose(params["w"].g, [[5**0.5, 5.0]], rtol=1e-6)
+    for _ in range(3):
+        grads = jax.grad(lambda p: jnp.sum((fn(wnjax.fold(p), x) - y) ** 2))(params)
+        params = jax.tree.map(lambda p, g: p - 0.1 * g, params, grads)
+    assert jnp.all(params["w"].v[mask == 0] == 0)
+    assert jnp.all(params["w"].v[mask == 1] != w[mask == 1])
+
+
+NEWER = {"log2", "one_minus_square"}  # than the oldest JAX that we support
+OLDER = {"closed_call"}  # than the newest JAX
 
 
 def test_every_handled_primitive_is_one_of_jax():
     """A rule under a name that JAX does not have, or has no more, would never be used."""
-    listed = {getattr(x, "name", None) for x in vars(core.primitives).values()}
-    assert set(RULES) - listed <= UNLISTED
-    assert not RULES.keys() & {"scan", "while", "cond", "shard_map", "jit", "custom_jvp_call"}
+    primitives = {x.name for x in gc.get_objects() if isinstance(x, core.Primitive)}
+    nested = {"scan", "while", "cond", "shard_map"}
+    assert (RULES.keys() | TRANSPARENT | nested) - primitives <= NEWER | OLDER
+    assert not RULES.keys() & (nested | TRANSPARENT | {"custom_jvp_call"})

@@ -349,6 +349,28 @@ FACTORS = {
         lambda p, x: x @ (p["w"] + lax.stop_gradient(jnp.round(p["w"]) - p["w"])),
         {"w": FUNCTION_OF},
     ),
+    "masked_inputs": plain(lambda p, x: x @ (p["w"] * MASK[0, :, None]), {"w": IN_OUT}),
+    "masked_in_one_einsum": plain(
+        lambda p, x: jnp.einsum("bi,io,i->bo", x, p["w"], MASK[0]), {"w": IN_OUT}
+    ),
+    "masked_and_expanded": plain(
+        lambda p, x: x @ (p["w"][:, None] * MASK[:, :, None]).reshape(4, 16), {"w": IN_OUT}
+    ),
+    "rows_set_to_zero": plain(lambda p, x: x @ p["w"].at[0].set(0.0), {"w": IN_OUT}),
+    "pruned_by_size": plain(
+        lambda p, x: x @ jnp.where(abs(p["w"]) > 0.5, p["w"], 0.0), {"w": FUNCTION_OF}
+    ),
+    "features_scaled_by_a_constant": plain(lambda p, x: x @ (p["w"] * MASK[:1]), {"w": IN_OUT}),
+    "scaled_in_one_einsum": plain(
+        lambda p, x: jnp.einsum("bi,io,o->bo", x, p["w"], p["g"]),
+        {"w": IN_OUT, "g": ((4,), "scale")},
+    ),
+    "modulated_by_an_einsum": plain(
+        lambda p, x, z: jnp.einsum("bi,bio->bo", x, jnp.einsum("bi,io->bio", z, p["w"])),
+        {"w": IN_OUT},
+        (4, 4),
+        (4, 4),
+    ),
     "factorized": plain(lambda p, x: x @ (p["u"] @ p["v"]), {"u": PRODUCT, "v": PRODUCT}),
     "lora_merged": plain(
         lambda p, x: x @ (p["w"] + p["a"] @ p["b"]), {"w": FUNCTION_OF, "a": PRODUCT, "b": PRODUCT}
@@ -364,6 +386,206 @@ FACTORS = {
     "fft": plain(lambda p, x: x @ jnp.fft.fft(p["w"], axis=0).real, {"w": UNKNOWN}),
     "cumsum": plain(lambda p, x: x @ jnp.cumsum(p["w"], axis=0), {"w": UNKNOWN}),
     "sort": plain(lambda p, x: x @ jnp.sort(p["w"], axis=0), {"w": UNKNOWN}),
+}
+
+
+def bilinear(spec, shape, what, *inputs):
+    """One call of `einsum` of some inputs and a weight, whose order of sums the sizes decide."""
+
+    def fn(p, *xs):
+        return jnp.einsum(spec, *xs[:-1], p["w"], xs[-1])
+
+    return plain(fn, {"w": (shape, what)}, *inputs)
+
+
+def stacked_bilinear(p, x, y):
+    """Two calls of the same `einsum`, of which the second sums over the output of the first."""
+    h = jnp.einsum("bi,bj,ijo->bo", x, y, p["w"])
+    return jnp.einsum("bi,bj,ijo->bo", h, y, p["v"])
+
+
+SIZES = [(7, 7, 3), (4, 16, 3), (4, 4, 64), (64, 2, 2), (2, 64, 2)]  # of inputs, inputs, outputs
+SEVERAL = "several weights in one einsum"
+
+BILINEAR = {
+    **{
+        f"bilinear_{i}_{j}_{o}": bilinear("bi,ijo,bj->bo", (i, j, o), (2,), (4, i), (4, j))
+        for i, j, o in SIZES
+    },
+    **{
+        f"bilinear_form_{i}_{j}": bilinear("bi,ij,bj->b", (i, j), (), (4, i), (4, j))
+        for i, j in ((2, 16), (16, 2))
+    },
+    **{
+        f"trilinear_{i}_{j}_{k}": bilinear(
+            "bi,bj,ijko,bk->bo", (i, j, k, 4), (3,), (4, i), (4, j), (4, k)
+        )
+        for i, j, k in SIZES
+    },
+    **{
+        f"bilinear_weights_{r}": plain(
+            lambda p, x: jnp.einsum("bi,ir,ro->bo", x, p["a"], p["b"]),
+            {"a": ((4, r), SEVERAL), "b": ((r, 4), SEVERAL)},
+        )
+        for r in (2, 64)
+    },
+    "bilinear_summed_outputs": bilinear("bi,ijo,bj->b", X3, "reduce_sum", (4, 4), (4, 4)),
+    "bilinear_per_example": plain(
+        jax.vmap(lambda p, x, y: jnp.einsum("i,ijo,j->o", x, p["w"], y), (None, 0, 0)),
+        {"w": (X3, (2,))},
+        (4, 4),
+        (4, 4),
+    ),
+    "bilinear_stacked": plain(stacked_bilinear, {"w": (X3, (2,)), "v": (X3, (2,))}, (4, 4), (4, 4)),
+    "pooled_in_one_einsum": plain(
+        lambda p, x, a: jnp.einsum("bti,io,bt->bo", x, p["w"], a), {"w": IN_OUT}, X3, (4, 4)
+    ),
+    # Two calls are two layers: the first makes the weights of the second.
+    "bilinear_of_two_einsums": plain(
+        lambda p, x, y: jnp.einsum("bj,bjo->bo", y, jnp.einsum("bi,ijo->bjo", x, p["w"])),
+        {"w": (X3, (1, 2))},
+        (4, 4),
+        (4, 4),
+    ),
+}
+
+RANDOM = np.random.default_rng(2).normal(size=(4, 4, 4)).astype(np.float32)
+MATRIX, DATA = RANDOM[0], RANDOM[1]
+BETWEEN = ((4, 4), "constant array as well as by data")
+COEFFICIENTS = (X3, "constant array as well as by data")
+
+
+def graph_network(p):
+    """Nodes and edges are closed over."""
+    h = jnp.tanh(MATRIX @ (DATA @ p["w"]) + p["b"][None])
+    return MATRIX @ h @ p["v"]
+
+
+def memory_attention(p, x, memory=DATA):
+    q, k, v = x @ p["q"] + p["b"][None], memory @ p["k"] + p["c"][None], memory @ p["v"]
+    return jax.nn.softmax(q @ k.T) @ v @ p["o"]
+
+
+CAPTURED = {
+    "basis": plain(lambda p, x: x @ (p["w"] @ MATRIX), {"w": BETWEEN}),
+    "basis_left": plain(lambda p, x: x @ (MATRIX @ p["w"]), {"w": IN_OUT}),
+    "basis_in_jax": plain(
+        lambda p, x: x @ jax.jit(jnp.matmul)(p["w"], jnp.asarray(MATRIX)), {"w": BETWEEN}
+    ),
+    "basis_made_inside": plain(lambda p, x: x @ (p["w"] @ jnp.eye(4)), {"w": ((4, 4), "constant")}),
+    "basis_of_a_convolution": plain(
+        lambda p, x: conv(x, jnp.einsum("iok,khw->hwio", p["w"], RANDOM)), {"w": COEFFICIENTS}, X4
+    ),
+    "basis_of_a_convolution_first": plain(
+        lambda p, x: conv(x, jnp.tensordot(RANDOM, p["w"], ((0,), (2,)))), {"w": COEFFICIENTS}, X4
+    ),
+    "basis_twice": plain(lambda p, x: x @ (p["w"] @ MATRIX @ DATA), {"w": BETWEEN}),
+    "basis_scaled": plain(lambda p, x: x @ (-2 * (p["w"] @ MATRIX) * MASK), {"w": BETWEEN}),
+    "basis_transformed": plain(lambda p, x: x @ jnp.fft.fft(p["w"] @ MATRIX).real, {"w": BETWEEN}),
+    "basis_and_more": plain(
+        lambda p, x: x @ (p["w"] @ MATRIX + p["v"]), {"w": BETWEEN, "v": ((4, 4), "added")}
+    ),
+    "basis_beside_a_basis": plain(
+        lambda p, x: x @ jnp.concatenate([p["w"] @ MATRIX, p["v"] @ DATA], axis=1),
+        {"w": BETWEEN, "v": BETWEEN},
+    ),
+    "basis_of_two_weights": plain(
+        lambda p, x: x @ ((MATRIX @ p["w"]) @ p["v"]), {"w": BETWEEN, "v": IN_OUT}
+    ),
+    "basis_in_one_einsum": plain(
+        lambda p, x: jnp.einsum("bi,ij,jo->bo", x, p["w"], MATRIX), {"w": BETWEEN}
+    ),
+    "basis_in_one_wide_einsum": plain(
+        lambda p, x: jnp.einsum("bi,ij,jo->bo", x, p["w"], MATRIX[:, :2]),
+        {"w": BETWEEN},
+        (64, 4),
+    ),
+    "basis_of_a_loop": plain(
+        lambda p, x: lax.scan(lambda h, w: (h @ w, None), x, p["w"] @ MATRIX)[0],
+        {"w": COEFFICIENTS},
+    ),
+    "basis_made_in_a_loop": plain(
+        lambda p, x: jnp.einsum("bi,lio->lbo", x, lax.map(lambda w: w @ MATRIX, p["w"])),
+        {"w": COEFFICIENTS},
+    ),
+    "basis_by_hand": plain(
+        lambda p, x: x @ jnp.sum(p["w"][:, :, None] * MATRIX[None], axis=1),
+        {"w": ((4, 4), "unknown operation reduce_sum")},
+    ),
+    "basis_summed_by_hand": plain(
+        lambda p, x: jnp.sum(x[:, :, None] * (p["w"] @ MATRIX)[None], axis=1),
+        {"w": ((4, 4), "unknown operation reduce_sum")},
+    ),
+    "readout": plain(lambda p, x: x @ p["w"] @ MATRIX, {"w": IN_OUT}),
+    "closed_over_data": plain(lambda p, _: mlp(p, DATA), MLP, biases=MLP_BIASES),
+    "closed_over_data_without_biases": plain(
+        lambda p, _: DATA @ p["a"] @ p["b"], {"a": IN_OUT, "b": IN_OUT}
+    ),
+    "closed_over_graph": plain(
+        lambda p, _: graph_network(p), {"w": IN_OUT, "b": ((4,), "added"), "v": IN_OUT}
+    ),
+    "closed_over_memory": plain(
+        memory_attention,
+        dict.fromkeys("qkvo", IN_OUT) | {"b": BIAS, "c": BIAS},
+        biases={"q": "b", "k": "c"},
+    ),
+}
+
+
+def unstacked(p, x):
+    q, k, v = jnp.unstack(p["w"], axis=1)
+    return attend(*((x @ w)[:, :, None] for w in (q, k, v)))
+
+
+PAIR = {"a": IN_OUT, "b": IN_OUT}
+PARTS = {
+    "stacked_and_scanned": plain(
+        lambda p, x: lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, jnp.stack([p["a"], p["b"]]))[
+            0
+        ],
+        PAIR,
+    ),
+    "stacked_and_indexed": plain(
+        lambda p, x: lax.fori_loop(
+            0, 2, lambda i, h: jnp.tanh(h @ jnp.stack([p["a"], p["b"]])[i]), x
+        ),
+        PAIR,
+    ),
+    "stacked": plain(lambda p, x: jnp.einsum("bi,nio->nbo", x, jnp.stack([p["a"], p["b"]])), PAIR),
+    "stacked_in_the_middle": plain(
+        lambda p, x: jnp.einsum("bi,ino->nbo", x, jnp.stack([p["a"], p["b"]], axis=1)), PAIR
+    ),
+    "stacked_and_merged": plain(
+        lambda p, x: x @ jnp.stack([p["a"], p["b"]], axis=1).reshape(4, 8), PAIR
+    ),
+    "unstacked": plain(unstacked, {"w": ((4, 3, 4), (1, 2))}, X3),
+    "stacked_and_unstacked": plain(
+        lambda p, x: [x @ w for w in jnp.unstack(jnp.stack([p["a"], p["b"].T]))],
+        {"a": IN_OUT, "b": OUT_IN},
+    ),
+    "part_updated": plain(
+        lambda p, x: x @ lax.dynamic_update_slice(p["w"], p["u"], (0, 1)),
+        {"w": IN_OUT, "u": ((4, 2), (1,))},
+    ),
+    "part_of_zeros": plain(
+        lambda p, x: x @ lax.dynamic_update_slice(jnp.zeros((4, 4)), p["u"], (1, 0)),
+        {"u": ((2, 4), (1,))},
+    ),
+    "part_somewhere": plain(
+        lambda p, x, i: x @ lax.dynamic_update_slice(jnp.zeros((4, 4)), p["u"], (i, 0)),
+        {"u": ((2, 4), "unknown operation dynamic_update_slice")},
+        (4, 4),
+        np.int32(1),
+    ),
+    "part_set": plain(
+        lambda p, x: x @ jnp.zeros((4, 4)).at[np.tril_indices(4)].set(p["u"]),
+        {"u": ((10,), "unknown operation scatter")},
+    ),
+    "padded_inside": plain(
+        lambda p, x: x @ lax.pad(p["w"], jnp.float32(0), ((0, 0, 1), (0, 0, 0))),
+        {"w": ((4, 4), "unknown operation pad")},
+        (4, 7),
+    ),
 }
 
 
@@ -474,4 +696,10 @@ OTHERS = {
     "unused": plain(unused, {"w": IN_OUT, "v": ((4, 4), "unused")}),
 }
 
-CASES = {**DOTS, **ATTENTION, **CONVS, **FACTORS, **OTHERS}
+CASES = {**DOTS, **ATTENTION, **CONVS, **FACTORS, **BILINEAR, **CAPTURED, **PARTS, **OTHERS}
+
+# Their norms count entries that the neurons do not sum over.
+MASKED = {
+    "masked", "masked_by_where", "masked_inputs", "masked_in_one_einsum", "masked_and_expanded",
+    "rows_set_to_zero", "part_updated", "conv_masked",
+}  # fmt: skip

@@ -238,6 +238,23 @@ def tensor_parallel(p, x):
     return local(p["w"], p["b"], p["v"], p["c"], x)
 
 
+def sharded_and_gathered(p, x):
+    """Manual FSDP: every device has a part of the weights, and gathers all to use them."""
+
+    @functools.partial(
+        jax.shard_map,
+        mesh=Mesh(np.array(jax.devices()[:2]), ("data",)),
+        in_specs=(P("data"), P(None, "data"), P("data"), P("data")),
+        out_specs=P("data"),
+    )
+    def local(w, v, b, x):
+        w, b = (lax.all_gather(one, "data", axis=0, tiled=True) for one in (w, b))
+        v = lax.all_gather(v, "data", axis=1, tiled=True)
+        return jnp.tanh(x @ w + b[None]) @ v
+
+    return local(p["w"], p["v"], p["b"], x)
+
+
 def vmapped_bias(p, x):
     return jax.vmap(lambda x, w, b: x @ w + b[None])(x, p["w"], p["b"])
 
@@ -253,6 +270,9 @@ TRANSFORMATIONS = {
     "custom_vjp": plain(lambda p, x: dot_with_vjp(x, p["w"]), {"w": IN_OUT}),
     "energy_gradient": plain(energy_gradient, {"w": IN_OUT}),
     "tensor_parallel": plain(tensor_parallel, MLP, biases=MLP_BIASES),
+    "sharded_and_gathered": plain(
+        sharded_and_gathered, {"w": IN_OUT, "v": IN_OUT, "b": BIAS}, biases={"w": "b"}
+    ),
     "vmap_over_inputs": plain(jax.vmap(mlp, (None, 0)), MLP, X3, biases=MLP_BIASES),
     "vmap_over_examples": plain(
         lambda p, x: jax.vmap(lambda x: x @ p["w"] + p["b"])(x),

@@ -37,7 +37,8 @@ class Neuron:
         from the end. The layer sums over all the others, the fan-in axes. `()` makes
         the whole leaf one neuron.
       bias: the slash path of the bias added to these neurons' sums, if known.
-      operation: the primitive that sums over the fan-in axes, if known.
+      operation: the primitive that sums over the fan-in axes, if known; with "masked" behind it
+        where the weight is multiplied by a mask, whose entries the norm counts too.
 
     >>> import jax.numpy as jnp
     >>> import wnjax

@@ -108,9 +108,8 @@ class Evaluation:
 
     def openers(self) -> dict[str, Callable[[Any, Sequence[Known], Scales], Sequence[Known]]]:
         """By primitive: how to compute it with v among its operands."""
-        jits = dict.fromkeys(("jit", "pjit", "closed_call", "core_call"), self.jit)
-        remats = dict.fromkeys(("remat", "remat2", "checkpoint"), self.remat)
-        return {**jits, **remats, "cond": self.cond, "scan": self.scan}
+        jits = dict.fromkeys(("jit", "closed_call"), self.jit)
+        return {**jits, "remat2": self.remat, "cond": self.cond, "scan": self.scan}
 
     def bind(self, eqn: Any, infos: Sequence[Info], ins: Sequence[Known]) -> list[Known]:
         """Computes an equation as it stands."""
@@ -199,11 +198,13 @@ class Evaluation:
             ]
             return final[:num_carry], (final[num_carry:], [*self.found.values()])
 
+        xs = (values[first_x:], list(stacked.values()))
+        has_length = bool(jax.tree.leaves(xs))  # JAX takes a symbolic length from arrays alone
         carry, (ys, found) = jax.lax.scan(
             body,
             values[num_consts:first_x],
-            (values[first_x:], list(stacked.values())),
-            length=eqn.params["length"],
+            xs,
+            length=None if has_length else eqn.params["length"],
             reverse=eqn.params["reverse"],
             unroll=eqn.params["unroll"],
         )

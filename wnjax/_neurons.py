@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import functools
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -40,6 +41,14 @@ def neurons(
     right for any layer: attention heads, scanned and vmapped stacks, experts, einsum,
     transposed convolutions, tied embeddings. What is not understood is not guessed, but
     reported. Nothing is computed: tracing needs shapes and dtypes alone.
+
+    One call of `einsum` is one sum, whatever the order of its products: in a bilinear layer,
+    `einsum("bi,bj,ijo->bo", x, y, w)`, w has the fan-in axes 0 and 1. Arrays that `fn` closes over
+    count as constants, unless they can only be data: pass data as arguments.
+
+    A weight that is multiplied by a mask, a constant array that varies along the fan-in axes, has a
+    norm that counts the masked entries too. A warning names it. Multiply such a weight by its
+    mask once, before `weight_norm`, and leave the mask in `fn`: masked entries then stay 0.
 
     Args:
       fn: the forward function, of plain weights, such as
@@ -80,7 +89,11 @@ def neurons(
     examined = examine(fn, params, *args, **kwargs)
     _refuse_gradients(examined)
     paths, arrays = examined.paths, examined.arrays
-    decisions = _overridden(decide_all(examined), overrides, paths, arrays)
+    traced = decide_all(examined)
+    decisions = _overridden(traced, overrides, paths, arrays)
+    _warn_of_masks(
+        examined, [i for i, d in enumerate(decisions) if d is traced[i] and isinstance(d, Neuron)]
+    )
     if strict:
         _refuse_refusals(decisions, paths, arrays)
     return treedef.unflatten(
@@ -166,6 +179,20 @@ def _input_infos(traced: Traced, arrays: Sequence[Any], plain: chex.ArrayTree) -
     return infos
 
 
+def _warn_of_masks(examined: Examined, leaves: Sequence[int]) -> None:
+    """Warns of weights whose norm counts more than the neuron sums over, of some leaves."""
+    lines = {use.leaf: use.site.line for use in examined.walk.uses if use.is_masked}
+    if masked := [f"{examined.paths[leaf]}: at {lines[leaf]}" for leaf in leaves if leaf in lines]:
+        warnings.warn(
+            "neurons: a constant array that varies along their fan-in axes, such as a mask, "
+            "multiplies these weights, and their norms count the masked entries too. Multiply the "
+            "weights by the mask once, before weight_norm, and leave it in fn: masked entries then "
+            "stay 0. Once that is done, name the leaves in overrides, with their feature axes:"
+            + listing(masked),
+            stacklevel=3,
+        )
+
+
 class _Verdicts:
     """What the walk's records mean for every leaf."""
 
@@ -208,7 +235,8 @@ class _Verdicts:
             return self._refuse(leaf, reason, [first.site, second.site], a)
         bias = self._only_bias(leaf)
         operations = dict.fromkeys(use.site.operation for use in uses)
-        return Neuron(next(iter(roles)), bias, ", ".join(operations))
+        mask = ["masked"] if any(use.is_masked for use in uses) else []
+        return Neuron(next(iter(roles)), bias, ", ".join([*operations, *mask]))
 
     def _features(self, use: Use) -> tuple[int, ...]:
         return tuple(sorted(use.features - use.fan_in))

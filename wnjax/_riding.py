@@ -12,6 +12,7 @@ import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
 from wnjax._walk.layout import Layout
+from wnjax._walk.sizes import is_known
 
 
 def times(value: jax.Array, factor: jax.Array) -> jax.Array:
@@ -55,6 +56,7 @@ def after(x: jax.Array, scale: jax.Array) -> tuple[jax.Array, jax.Array]:
     scale goes into the update of v, in place where v is donated. Unless one depends on the other,
     XLA cannot know which comes first, and copies v: two of the three passes over v that weight
     norm then adds to a training step. (It drops `optimization_barrier`s before it decides.)
+    Where `jax.export` leaves a size of `x` open, it keeps no order.
     """
     return _identity(x, scale)
 
@@ -66,7 +68,9 @@ def _identity(x: jax.Array, scale: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def _in_order(primals: Any, tangents: Any) -> Any:
     (x, scale), (dx, dscale) = primals, tangents
-    if isinstance(dx, SymbolicZero) or isinstance(dscale, SymbolicZero) or not x.size:
+    if isinstance(dx, SymbolicZero) or isinstance(dscale, SymbolicZero):
+        return (x, scale), (dx, dscale)
+    if not is_known(*x.shape) or not x.size:
         return (x, scale), (dx, dscale)
     # Zero, but XLA cannot know: transposed, the gradient of the scale waits for one of x's numbers.
     nothing = jnp.sum(jnp.where(jnp.isnan(scale), dscale, 0)).astype(dx.dtype)

@@ -18,6 +18,7 @@ from wnjax._neurons import examine
 from wnjax._nodes import Node, gain_axes, scale, weight
 from wnjax._riding import is_alone
 from wnjax._walk.rules import is_narrow
+from wnjax._walk.sizes import is_at_most, is_less
 from wnjax._walk.tracks import Use
 from wnjax._walk.walker import Walk
 from wnjax._weight_norm import warn_of_rounded_gains
@@ -36,10 +37,11 @@ def wrap(fn: Callable[..., Any], *, axis_name: AxisName = None) -> Callable[...,
 
         w·x = (g/‖v‖)·(v·x)
 
-    (Sizes alone decide; under `vmap` those of one example.) It traces `fn`, so call it inside
-    `jit`, as one does with a loss. What tracing does not understand gets the folded weight. So
-    does what is computed in float16, whose range v·x may leave where w·x does not; in wider
-    dtypes it may do so only for ‖v‖ beyond what `fold` takes for finite.
+    (Sizes alone decide; under `vmap` those of one example. A size that `jax.export` leaves open
+    counts as large.) It traces `fn`, so call it inside `jit`, as one does with a loss. What tracing
+    does not understand gets the folded weight. So does what is computed in float16, whose range v·x
+    may leave where w·x does not; in wider dtypes it may do so only for ‖v‖ beyond what `fold` takes
+    for finite.
     Inside `shard_map`, where fan-in axes may be split, what `fold` says of derivatives holds.
 
     Source: Salimans & Kingma 2016, https://arxiv.org/abs/1602.07868, equation 2.
@@ -108,7 +110,9 @@ def scales_output(weight_size: int, output_size: int, in_order: bool) -> bool:
       output_size: the number of elements of all outputs that it makes in one call.
       in_order: whether XLA is told the order that spares it the copy.
     """
-    return output_size <= weight_size if in_order else output_size < weight_size / 2
+    if in_order:
+        return is_at_most(output_size, weight_size)
+    return is_less(2 * output_size, weight_size)
 
 
 def _riding(walk: Walk, nodes: Mapping[int, Node]) -> set[int]:

@@ -122,11 +122,12 @@ def _scaled_partial(info: Info, factor: Info) -> tuple[PartialSum, ...]:
 
 def _multiplied(recorder: Recorder, eqn: Any, info: Info, factor: Info) -> tuple[Track, ...]:
     """The tracks of a value that is multiplied by a factor."""
-    kept = []
+    call, kept = recorder.einsum_call(eqn), []
+    is_summed_later = call is not None and not call.is_over
     tracks = [_masked(track, factor) if factor.is_constant else track for track in info.tracks]
     for track in tracks:
         repeats = _repeats_along(factor, track)
-        modulates = repeats and len(_long_axes(track)) > 1
+        modulates = is_summed_later or (repeats and len(_long_axes(track)) > 1)
         if any(other.leaf == track.leaf for other in factor.tracks):
             kept.append(track.moved(track.layout, changed=track.changed or eqn.primitive.name))
         elif factor.depends_on(track.leaf) and (modulates or not factor.is_activation):
@@ -235,9 +236,9 @@ def _selected(track: Track, which: Info) -> Track:
 NONLINEAR = (
     "abs", "acos", "acosh", "asin", "asinh", "atan", "atan2", "atanh", "cbrt", "ceil", "clamp",
     "cos", "cosh", "digamma", "eq", "erf", "erf_inv", "erfc", "exp", "exp2", "expm1", "floor",
-    "ge", "gt", "integer_pow", "is_finite", "le", "lgamma", "log", "log1p", "logistic", "lt",
-    "max", "min", "ne", "nextafter", "not", "pow", "rem", "round", "rsqrt", "sign", "sin",
-    "sinh", "sqrt", "square", "tan", "tanh",
+    "ge", "gt", "integer_pow", "is_finite", "le", "lgamma", "log", "log1p", "log2", "logistic",
+    "lt", "max", "min", "ne", "nextafter", "not", "one_minus_square", "pow", "rem", "round",
+    "rsqrt", "sign", "sin", "sinh", "sqrt", "square", "tan", "tanh",
 )  # fmt: skip
 
 RULES: dict[str, Rule] = {

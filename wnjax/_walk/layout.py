@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from wnjax._walk.sizes import is_long, is_part
+from wnjax._walk.sizes import is_known, is_long, is_part
 
 
 class Atom(NamedTuple):
@@ -157,7 +157,7 @@ def cut(axis: Axis, start: int, stop: int, step: int = 1) -> Axis | None:
       NoLayout: if the part is no product of stretches.
     """
     size = (stop - start + step - 1) // step
-    if not all(isinstance(n, int) for n in (start, stop, axis.size)):
+    if not is_known(start, stop, axis.size):
         if step > 1:
             raise NoLayout
         return pick(axis, size)

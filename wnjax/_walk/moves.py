@@ -322,8 +322,7 @@ def _psum(recorder: Recorder, eqn: Any, ins: Sequence[Info]) -> list[Info]:
 
 
 IDENTITIES = (
-    "copy", "copy_p", "device_put", "layout_constraint", "mesh_cast", "name",
-    "optimization_barrier", "pcast", "pvary", "reshard",
+    "copy", "device_put", "layout_constraint", "name", "optimization_barrier", "pvary", "reshard",
     "sharding_constraint",
 )  # fmt: skip
 

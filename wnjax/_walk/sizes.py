@@ -11,6 +11,11 @@ from typing import Any
 from jax.errors import InconclusiveDimensionOperation
 
 
+def is_known(*sizes: Any) -> bool:
+    """Whether sizes are numbers, and no symbols."""
+    return all(isinstance(size, int) for size in sizes)
+
+
 def is_less(a: Any, b: Any) -> bool:
     """Whether `a` is less than `b`, for all values of symbols in them."""
     try:

@@ -43,9 +43,9 @@ SEVERAL_WEIGHTS = (
     "write it as einsums of two operands"
 )
 CONSTANT = "the other operand is constant"
-CONSTANT_BETWEEN = (
-    "multiplied by a constant array before, or after, it meets the data: if that array is data, "
-    "make it an argument of fn"
+CONSTANT_AND_DATA = (
+    "multiplied by a constant array as well as by data: if that array is data, make it an argument "
+    "of fn"
 )
 
 
@@ -121,13 +121,15 @@ def _continue(
     if is_same_call and _takes_part(other, partial.call):
         refusal = SEVERAL_WEIGHTS
     elif is_same_call and (partial.is_constant or other.is_constant):
-        refusal = CONSTANT_BETWEEN
+        refusal = CONSTANT_AND_DATA
     elif partial.is_constant and (other.is_data or other.is_constant):
-        refusal = CONSTANT_BETWEEN if layout is None or summed else None
+        refusal = CONSTANT_AND_DATA if layout is None or summed else None
         goes_on = True
     use = _extended(partial.use, summed, kept, refusal) if goes_on else partial.use
     if goes_on:
         recorder.revise(use)
+    elif summed:
+        layout = None
     name = partial.call if call is not None and is_same_call and not call.is_over else None
     is_constant = partial.is_constant and not other.is_data and use.refusal is None
     return PartialSum(use, layout, name, is_constant)
@@ -168,7 +170,9 @@ def _weight_side(recorder: Recorder, eqn: Any, ins: Sequence[Info]) -> int | Non
         return None
     if ranks[0] == ranks[1]:
         if not all(track.is_indexed for info in ins for track in info.tracks):
-            end(recorder, eqn, "product of two parameters", *ins)
+            is_einsum = recorder.einsum_call(eqn) is not None
+            kind = SEVERAL_WEIGHTS if is_einsum else "product of two parameters"
+            end(recorder, eqn, kind, *ins)
         return None
     side = 0 if ranks[0] < ranks[1] else 1
     end(recorder, eqn, f"input of {eqn.primitive.name}", ins[1 - side])

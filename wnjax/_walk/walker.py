@@ -37,7 +37,7 @@ from wnjax._walk.tracks import (
 source_info_util.register_exclusion(os.path.dirname(__file__) + os.sep)
 
 RULES = moves.RULES | arithmetic.RULES | sums.RULES
-TRANSPARENT = {"jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint"}
+TRANSPARENT = {"jit", "closed_call", "remat2"}
 
 
 def opened(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
