@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax import export
 from jax.extend import core
 from jax.interpreters import ad, mlir
 
@@ -74,6 +75,7 @@ def devices(request, monkeypatch):
 
 
 @pytest.mark.usefixtures("always_on_outputs")
+@pytest.mark.filterwarnings("ignore:.*such as a mask")
 @pytest.mark.parametrize(
     "name",
     also_on_accelerators(
@@ -236,6 +238,85 @@ def test_no_weight_is_built_where_outputs_are_smaller():
 
     assert len(products(lambda t, x: toys.mlp(wnjax.fold(t), x))) == 1
     assert not products(wnjax.wrap(toys.mlp))
+
+
+def convolution(params, x):
+    """A convolution, all whose outputs the second layer sums over; and one of three operands."""
+    h = jax.lax.conv_general_dilated(
+        x, params["conv"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    h = jnp.tanh(h + params["bias"][None, None, None])
+    flat = h.reshape(h.shape[0], -1)
+    return flat @ params["dense"], jnp.einsum("bi,ijo,bj->bo", flat, params["bilinear"], flat)
+
+
+def attention(params, x):
+    """Heads, positions merged with the batch, a shift along the positions and a recurrence."""
+    q, k, v = (jnp.einsum("btd,dhk->bthk", x, params[name]) for name in "qkv")
+    weights = jax.nn.softmax(jnp.einsum("bthk,bshk->bhts", q, k))
+    y = jnp.einsum("bhts,bshk,hko->bto", weights, v, params["o"])
+    merged = (y.reshape(-1, 4) @ params["w"]).reshape(y.shape)
+
+    def step(h, x):
+        return jnp.tanh(x + h @ params["u"]), None
+
+    last, _ = jax.lax.scan(step, y[:, 0], jnp.moveaxis(merged, 1, 0))
+    return (merged @ params["w"])[:, :-1], last
+
+
+OPEN = {
+    "convolution": (
+        convolution,
+        {"conv": (3, 3, 2, 3), "bias": (3,), "dense": (48, 5), "bilinear": (48, 48, 2)},
+        "batch, 4, 4, 2",
+        [(1, 4, 4, 2), (3, 4, 4, 2)],
+    ),
+    "attention": (
+        attention,
+        {**dict.fromkeys("qkv", (4, 2, 3)), "o": (2, 3, 4), "w": (4, 4), "u": (4, 4)},
+        "batch, time, 4",
+        [(2, 5, 4), (3, 2, 4)],
+    ),
+}
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("rides", [False, True], ids=["by_size", "on_outputs"])
+@pytest.mark.parametrize("name", OPEN)
+def test_sizes_that_are_left_open(name, rides, monkeypatch):
+    """As in an export for any batch: axes, values and derivatives are those of numbers."""
+    if rides:
+        monkeypatch.setattr(_wrap, "scales_output", lambda *_, **__: True)
+        monkeypatch.setattr(jax, "device_count", lambda: 1)
+    fn, shapes, sizes, inputs = OPEN[name]
+    rng = np.random.default_rng(0)
+    params = {key: jnp.asarray(rng.normal(size=shape)) for key, shape in shapes.items()}
+    x = jax.ShapeDtypeStruct(export.symbolic_shape(sizes), jnp.float64)
+    tree = normalized(fn, params, jnp.ones(inputs[1]))
+    assert wnjax.neurons(fn, params, x) == wnjax.neurons(fn, params, jnp.ones(inputs[1]))
+    leaves, treedef = jax.tree.flatten(tree)
+
+    def both(fn):
+        def values_and_gradients(x, *leaves):
+            tree = treedef.unflatten(leaves)
+            with jax.numpy_dtype_promotion("standard"):
+                return fn(tree, x), jax.tree.leaves(jax.grad(loss(fn, (x,)))(tree))
+
+        return jax.jit(values_and_gradients)
+
+    exported = export.export(both(wnjax.wrap(fn)))(x, *leaves)
+    for shape in inputs:
+        x = jnp.asarray(rng.normal(size=shape))
+        expected = both(lambda tree, x: fn(wnjax.fold(tree), x))(x, *leaves)
+        chex.assert_trees_all_close(exported.call(x, *leaves), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_open_sizes_count_as_large():
+    batch, few = export.symbolic_shape("batch, few", constraints=["few <= 4"])
+    for in_order in (True, False):
+        assert not _wrap.scales_output(1000, batch, in_order)
+        assert not _wrap.scales_output(1000, batch * few, in_order)
+        assert _wrap.scales_output(1000, few * 3, in_order)
 
 
 def test_sizes_decide():
