@@ -379,7 +379,10 @@ def test_weights_without_elements_compute_and_train_nothing():
     want = jax.grad(partial(loss, wnjax.wrap(lambda params, x: x @ params["w"])))(alone)
     chex.assert_trees_all_close(grads["w"], want["w"], rtol=1e-6)
     chex.assert_tree_all_finite(grads)
-    for optimizer in (wnjax.weight_normalized(optax.sgd(0.1, momentum=0.9), axes), wnjax.keep_norms(axes)):
+    for optimizer in (
+        wnjax.weight_normalized(optax.sgd(0.1, momentum=0.9), axes),
+        wnjax.keep_norms(axes),
+    ):
         plain = jax.grad(partial(loss, fn))(params)
         updates, _ = optimizer.update(plain, optimizer.init(params), params)
         chex.assert_trees_all_equal_shapes(updates, params)

@@ -572,7 +572,7 @@ PARTS = {
         {"u": ((2, 4), (1,))},
     ),
     "part_somewhere": plain(
-        lambda p, x, i: x @ lax.dynamic_update_slice(jnp.zeros((4, 4)), p["u"], (i, 0)),
+        lambda p, x, i: x @ lax.dynamic_update_slice(jnp.zeros((4, 4)), p["u"], (i, np.int32(0))),
         {"u": ((2, 4), "unknown operation dynamic_update_slice")},
         (4, 4),
         np.int32(1),
@@ -582,7 +582,7 @@ PARTS = {
         {"u": ((10,), "unknown operation scatter")},
     ),
     "padded_inside": plain(
-        lambda p, x: x @ lax.pad(p["w"], jnp.float32(0), ((0, 0, 1), (0, 0, 0))),
+        lambda p, x: x @ lax.pad(p["w"], jnp.zeros((), p["w"].dtype), ((0, 0, 1), (0, 0, 0))),
         {"w": ((4, 4), "unknown operation pad")},
         (4, 7),
     ),

@@ -42,9 +42,10 @@ def neurons(
     transposed convolutions, tied embeddings. What is not understood is not guessed, but
     reported. Nothing is computed: tracing needs shapes and dtypes alone.
 
-    One call of `einsum` is one sum, whatever the order of its products: in a bilinear layer,
-    `einsum("bi,bj,ijo->bo", x, y, w)`, w has the fan-in axes 0 and 1. Arrays that `fn` closes over
-    count as constants, unless they can only be data: pass data as arguments.
+    One call of `einsum`, with its subscripts in a string, is one sum, whatever the order of its
+    products: in a bilinear layer, `einsum("bi,bj,ijo->bo", x, y, w)`, w has the fan-in axes 0 and
+    1. An array that `fn` closes over may be data, or a constant such as a basis. Where what follows
+    does not tell, the weight is refused: pass data as arguments.
 
     A weight that is multiplied by a mask, a constant array that varies along the fan-in axes, has a
     norm that counts the masked entries too. A warning names it. Multiply such a weight by its

@@ -122,16 +122,19 @@ def _scaled_partial(info: Info, factor: Info) -> tuple[PartialSum, ...]:
 
 def _multiplied(recorder: Recorder, eqn: Any, info: Info, factor: Info) -> tuple[Track, ...]:
     """The tracks of a value that is multiplied by a factor."""
-    call, kept = recorder.einsum_call(eqn), []
+    kept = []
+    call = recorder.einsum_call(eqn)
     is_summed_later = call is not None and not call.is_over
     tracks = [_masked(track, factor) if factor.is_constant else track for track in info.tracks]
     for track in tracks:
         repeats = _repeats_along(factor, track)
-        modulates = is_summed_later or (repeats and len(_long_axes(track)) > 1)
+        modulates = repeats and len(_long_axes(track)) > 1
         if any(other.leaf == track.leaf for other in factor.tracks):
             kept.append(track.moved(track.layout, changed=track.changed or eqn.primitive.name))
         elif factor.depends_on(track.leaf) and (modulates or not factor.is_activation):
             kept.append(track.moved(track.layout, changed=OWN_STATISTICS))
+        elif factor.is_activation and is_summed_later:
+            kept.append(track.moved(track.layout, is_multiple=True, is_intact=False))
         elif factor.is_activation and not modulates:
             recorder.note(track.leaf, "scale", eqn)
         elif factor.is_activation:

@@ -32,7 +32,7 @@ from wnjax._walk.rules import (
     unknown,
     without_ride,
 )
-from wnjax._walk.sizes import is_less
+from wnjax._walk.sizes import is_known, is_less
 from wnjax._walk.tracks import ACTIVATION, DATA, Info, PartialSum, Track, is_repeated
 
 
@@ -247,7 +247,7 @@ def _placed(axis: Axis, size: int, of_part: int, start: Any) -> Axis:
     """An axis of a part in the whole, which has another size there."""
     if of_part == size:
         return axis
-    if start is None:
+    if start is None or not is_known(size, of_part):
         raise NoLayout
     first = min(max(int(start), 0), size - of_part)
     return Axis(axis.atoms, axis.offset + first, size)

@@ -57,9 +57,8 @@ def leaf_info(leaf: int, shape: Sequence[int]) -> Info:
 
 def captured_info(value: Any) -> Info:
     """What is known of an array that a function closes over: it may be data, or a table."""
-    if not jnp.ndim(value):
-        return Info()
-    is_float = jnp.issubdtype(jnp.result_type(value), jnp.inexact)
+    is_array = getattr(value, "shape", ()) != ()
+    is_float = is_array and jnp.issubdtype(jnp.result_type(value), jnp.inexact)
     return Info(sources=CAPTURED if is_float else 0)
 
 
@@ -71,13 +70,13 @@ def einsum_calls(jaxpr: Any) -> dict[int, EinsumCall]:
     """By the identity of an equation: the call of `einsum` with three operands that it is of."""
     calls, products = {}, collections.Counter[str]()
     for eqn in jaxpr.eqns:
-        name = str(eqn.source_info.name_stack)
-        if not (found := _THREE_OPERANDS.search(name)):
+        if (operation := eqn.primitive.name) not in ("dot_general", "reduce_sum"):
             continue
-        is_product = eqn.primitive.name == "dot_general"
-        products[name] += is_product
-        is_over = is_product and products[name] % found[0].count(",") == 0
-        calls[id(eqn)] = EinsumCall(name, is_over)
+        name = str(eqn.source_info.name_stack)
+        if found := _THREE_OPERANDS.search(name):
+            products[name] += operation == "dot_general"
+            is_over = products[name] % found[0].count(",") == 0
+            calls[id(eqn)] = EinsumCall(name, is_over and operation == "dot_general")
     return calls
 
 
