@@ -418,9 +418,9 @@ BILINEAR = {
     },
     **{
         f"trilinear_{i}_{j}_{k}": bilinear(
-            "bi,bj,ijko,bk->bo", (i, j, k, 4), (3,), (4, i), (4, j), (4, k)
+            "bi,bj,ijko,bk->bo", (i, j, k, 4), (3,), (64, i), (64, j), (64, k)
         )
-        for i, j, k in SIZES
+        for i, j, k in ((7, 7, 3), (2, 16, 2))
     },
     **{
         f"bilinear_weights_{r}": plain(

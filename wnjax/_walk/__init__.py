@@ -2,5 +2,6 @@
 
 `trace` makes the jaxpr of a function; `walker` passes over it once, forward; `moves`,
 `arithmetic` and `sums` hold the rules of the primitives; `tracks` what is known of a value;
-`layout` where the axes of a leaf lie in it. Types and equations are all that is read.
+`layout` where the axes of a leaf lie in it; `sizes` compares sizes, which may be symbols. Types
+and equations are all that is read.
 """
