@@ -2,7 +2,10 @@
 
 import subprocess
 import sys
+from functools import partial
 
+import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -128,3 +131,38 @@ def test_nodes_as_an_argument(log_scale):
     other = jax.tree.map(lambda p: 1.5 * p, nodes)
     want = toys.mlp(wnjax.fold(other), X)
     np.testing.assert_allclose(again.call(other, X), want, rtol=1e-5, atol=1e-5)
+
+
+class Mixed(nn.Module):
+    """Convolution, attention, and the merged axes that JAX writes as one symbol."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Conv(4, (3,))(x))
+        x = nn.MultiHeadDotProductAttention(2)(x)
+        return nn.Dense(2)(x.reshape(-1, x.shape[-1]))
+
+
+@pytest.mark.parametrize("form", ["module", "init", "data_init"])
+def test_sizes_left_open_in_the_other_forms(form):
+    """Of batch and length, at two sizes each; `wrap` has tests of its own."""
+    model = Mixed()
+    layer = wnjax.linen.WeightNorm(model)
+    x = 1 + jax.random.normal(jax.random.key(0), (40, 6, 3))
+    variables = layer.init(jax.random.key(1), x)
+    params = model.init(jax.random.key(1), x)["params"]
+
+    def fn(params, x):
+        return model.apply({"params": params}, x)
+
+    functions = {
+        "module": partial(layer.apply, variables),
+        "init": partial(layer.init, jax.random.key(2)),
+        "data_init": partial(wnjax.data_init, fn, params),
+    }
+    sizes = jax.ShapeDtypeStruct(export.symbolic_shape("b, t, 3"), x.dtype)
+    program = export.export(jax.jit(functions[form]))(sizes)
+    for rows, length in ((40, 6), (20, 5)):
+        some = x[:rows, :length]
+        found, want = program.call(some), functions[form](some)
+        chex.assert_trees_all_close(found, want, rtol=1e-5, atol=1e-5)

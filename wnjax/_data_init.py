@@ -30,6 +30,7 @@ from wnjax._nodes import (
     weight,
 )
 from wnjax._standardize import Found, Standardization
+from wnjax._walk.sizes import is_less
 from wnjax._walk.tracks import Use
 from wnjax._walk.walker import Walk
 from wnjax._weight_norm import fold_leaf, split
@@ -282,7 +283,8 @@ class _Plan:
         if alone:
             lines = listing(f"{self.paths[leaf]}: {self.reasons[leaf]}" for leaf in alone)
             warnings.warn(f"data_init leaves these weights alone:{lines}", stacklevel=3)
-        if few := [leaf for leaf in self.stds if samples.get(leaf, FEW_SAMPLES) < FEW_SAMPLES]:
+        few = [leaf for leaf in self.stds if is_less(samples.get(leaf, FEW_SAMPLES), FEW_SAMPLES)]
+        if few:
             lines = listing(f"{self.paths[leaf]}: {samples[leaf]}" for leaf in few)
             warnings.warn(
                 f"data_init: fewer than {FEW_SAMPLES} samples stand behind each moment, and those "

@@ -12,6 +12,7 @@ from wnjax._evaluate import Evaluation, Known, Scales, key_of
 from wnjax._moments import Minibatch, Moments, moments
 from wnjax._riding import lay_out, times
 from wnjax._walk.layout import repeated
+from wnjax._walk.sizes import is_long
 from wnjax._walk.tracks import Info, Track
 from wnjax._walk.walker import Walk
 
@@ -125,12 +126,12 @@ class Standardization(Evaluation):
 
     def openers(self) -> dict[str, Callable[[Any, Sequence[Known], Scales], Sequence[Known]]]:
         """Nothing is differentiated here, so that nothing need be computed again."""
-        return super().openers() | dict.fromkeys(("remat", "remat2", "checkpoint"), self.jit)
+        return super().openers() | {"remat2": self.jit}
 
     def scan(self, eqn: Any, ins: Sequence[Known], scales: Scales) -> list[Known]:
         """As it is, one scan deeper."""
         before = self.loops
-        if eqn.params["length"] > 1:
+        if is_long(eqn.params["length"]):
             self.loops |= {self.walk.depth}
         try:
             return super().scan(eqn, ins, scales)
