@@ -10,11 +10,13 @@ set in bits per pixel value, under the averages.
 
 Run:      python -m experiments.train --config=configs/cifar10_vae.py:weight_norm_init
 Expect:   the paper's figure has weight norm ahead of plain at equal epochs; the paper gives no
-          number. Ours, in an earlier shortened protocol, one seed, JPEG re-encoded pixels, bits a
-          value after 20 epochs: plain 5.63, weight_norm 5.77, weight_norm_init 5.72.
-Time:     not measured for a short variant of today; 5 min for one of 20 epochs and one seed on 2
-          CPU cores (x86-64, jax 0.10.2); some minutes an epoch for the others on a GPU (an
-          estimate: they were not run)
+          number. Ours, in the shortened protocol, three seeds, JPEG re-encoded pixels, bits a value
+          after 8 epochs: plain_short 6.265, plain_init_short 6.237, weight_norm_short 6.344,
+          weight_norm_init_short 6.298, weight_norm_fast_gains_short 6.166,
+          weight_norm_init_fast_gains_short 6.211.
+Time:     6 to 9 min for a short variant on 2 CPU cores (x86-64, jax 0.10.2; four of the six runs
+          had other work beside them); some minutes an epoch for the others on a GPU (an estimate:
+          they were not run)
 Sweep:    the shortened protocol.
 Variants: weight_norm_init, plain, plain_init, weight_norm, weight_norm_fast_gains,
           weight_norm_init_fast_gains, weight_norm_init_short, plain_short, plain_init_short,
