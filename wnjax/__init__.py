@@ -8,6 +8,7 @@ from wnjax._axes import Neuron as Neuron
 from wnjax._axes import NotNeuron as NotNeuron
 from wnjax._data_init import Initialized as Initialized
 from wnjax._data_init import data_init as data_init
+from wnjax._data_initialized import DataInitializedState as DataInitializedState
 from wnjax._data_initialized import data_initialized as data_initialized
 from wnjax._inspect import labels as labels
 from wnjax._inspect import norms as norms
@@ -16,6 +17,8 @@ from wnjax._keep_norms import keep_norms as keep_norms
 from wnjax._neurons import neurons as neurons
 from wnjax._nodes import LogWeightNorm as LogWeightNorm
 from wnjax._nodes import WeightNorm as WeightNorm
+from wnjax._optimizer import WeightNormalizedState as WeightNormalizedState
+from wnjax._optimizer import inner_params as inner_params
 from wnjax._optimizer import weight_normalized as weight_normalized
 from wnjax._weight_norm import fold as fold
 from wnjax._weight_norm import weight_norm as weight_norm

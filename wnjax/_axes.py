@@ -90,14 +90,15 @@ def decide(
 ) -> list[tuple[str, Any, Decision]]:
     """What `axes` says of every leaf of `params`, in the order of `flatten`.
 
-    With `is_part`, `axes` may speak of leaves that `params` lacks.
+    With `is_part`, patterns may speak of leaves that `params` lacks. A tree always may: one that
+    was found for the whole model serves for a part of it.
 
     Returns:
       A list of (slash path, leaf without its box, decision).
 
     Raises:
       ValueError: if a pattern matches no leaf or is no regular expression, or if a tree
-        of decisions is not shaped like `params`; if `params` are the state of an NNX WeightNorm.
+        of decisions lacks a leaf; if `params` are the state of an NNX WeightNorm.
       TypeError: if `axes` is none of the forms.
     """
     boxes = flatten(params)[0]
@@ -107,7 +108,7 @@ def decide(
     if axes is None:
         decisions = [by_flax_names(path, leaf) for path, leaf in leaves]
     elif _holds_decisions(axes):
-        decisions = _by_tree(axes, paths, is_part)  # before callables: an Equinox module is both
+        decisions = _by_tree(axes, paths)  # before callables: an Equinox module is both
     elif callable(axes):
         decisions = [_by_callable(axes, path, leaf) for path, leaf in leaves]
     elif isinstance(axes, Mapping):
@@ -251,13 +252,10 @@ def _nearest(pattern: str, paths: Iterable[str]) -> list[str]:
     return difflib.get_close_matches(words, paths, n=5, cutoff=0.0)
 
 
-def _by_tree(axes: Any, paths: list[str], is_part: bool) -> list[Decision]:
+def _by_tree(axes: Any, paths: list[str]) -> list[Decision]:
     decisions = {path: unbox(leaf) for path, leaf in flatten(axes)[0]}
     if missing := [path for path in paths if path not in decisions]:
         raise ValueError(f"axes: the tree says nothing of these leaves:{listing(missing)}")
-    unexpected = [path for path in decisions if path not in set(paths)]
-    if unexpected and not is_part:
-        raise ValueError(f"axes: the tree has leaves that params lacks:{listing(unexpected)}")
     for path, decision in decisions.items():
         if not isinstance(decision, Decision):
             raise TypeError(f"axes: {path} must be a Neuron or a NotNeuron, got {decision!r}")

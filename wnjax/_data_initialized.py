@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from wnjax._data_init import data_init
+from wnjax._states import check_state
 
 
 class DataInitializedState(NamedTuple):
@@ -26,18 +27,29 @@ class DataInitializedState(NamedTuple):
 
 
 def data_initialized(
-    optimizer: optax.GradientTransformation, fn: Callable[..., Any], **options: Any
+    optimizer: optax.GradientTransformation,
+    fn: Callable[..., Any],
+    *,
+    initialized: bool = False,
+    **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """Makes the first `update` the initialization by `data_init`; all later ones are `optimizer`'s.
 
     It is one function to compile. The first call leaves the optimizer's state and the
     gradients alone, later ones do not pay for the initialization.
 
+    The state remembers that the first step is done. To go on from a checkpoint, restore the state
+    with the parameters; a new state for trained parameters needs `initialized=True`, or its
+    first step initializes them again. In `optax.chain` this must come last: what comes after it
+    would clip or scale the initialization as if it were a step.
+
     Source: Salimans & Kingma 2016, https://arxiv.org/abs/1602.07868, section 3.
 
     Args:
       optimizer: of plain parameters, `weight_normalized` for one, or of a tree with nodes.
       fn: the forward function `fn(params, batch)`, as for `data_init`.
+      initialized: whether the parameters are initialized, or trained, already: then every update
+        is one of `optimizer`.
       **options: of `data_init`: `std`, `axis_name`.
 
     Returns:
@@ -47,6 +59,8 @@ def data_initialized(
 
     Raises:
       ValueError: by `update`: if `params` or `batch` are missing; and as `data_init`.
+      TypeError: by `update`: if the state is not that of `init`, as one that was restored without
+        a target.
 
     >>> import jax, jax.numpy as jnp, optax
     >>> import wnjax
@@ -64,7 +78,7 @@ def data_initialized(
     inner = optax.with_extra_args_support(optimizer)
 
     def init(params: chex.ArrayTree) -> DataInitializedState:
-        return DataInitializedState(inner.init(params), jnp.zeros((), bool))
+        return DataInitializedState(inner.init(params), jnp.full((), initialized))
 
     def update(
         updates: chex.ArrayTree,
@@ -74,6 +88,7 @@ def data_initialized(
         batch: Any = None,
         **extra: Any,
     ) -> tuple[chex.ArrayTree, DataInitializedState]:
+        check_state(state, DataInitializedState, "data_initialized")
         if params is None:
             raise ValueError("data_initialized sets the params: pass them")
         is_known = not isinstance(state.initialized, jax.core.Tracer)
@@ -92,7 +107,11 @@ def data_initialized(
         elif batch is None:
             raise ValueError(
                 "data_initialized: the first step initializes from a minibatch: pass batch=... to "
-                "update; under jit in every step, since there no step is known to be the first"
+                "update; under jit in every step, since there no step is known to be the first. "
+                "apply_gradients of Flax's TrainState does not pass it on: write "
+                "state.tx.update(grads, state.opt_state, state.params, batch=...) and "
+                "optax.apply_updates, or call wnjax.data_init before TrainState.create. For "
+                "trained parameters, say initialized=True to data_initialized"
             )
         else:
             changes, inner_state = jax.lax.cond(state.initialized, step, initialize)

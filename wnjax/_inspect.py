@@ -16,6 +16,7 @@ from wnjax._data_init import Initialized
 from wnjax._leaves import check_not_apart, flatten, unbox, unbox_node
 from wnjax._nodes import LogWeightNorm, Node, fan_in_axes, gain, is_node, over_root, squared_norm_of
 from wnjax._walk.trace import is_array
+from wnjax._weight_norm import split
 
 
 def summary(tree: chex.ArrayTree) -> str:
@@ -178,4 +179,6 @@ def norms(tree: chex.ArrayTree, *, axis_name: AxisName = None) -> dict[str, dict
 
 def _norms(node: Node, mesh_axes: tuple[str, ...]) -> dict[str, jax.Array]:
     g, squared_norm = gain(node), squared_norm_of(node, mesh_axes)
-    return {"g": g, "scale": over_root(g, squared_norm), "v": jnp.sqrt(squared_norm)}
+    features = tuple(axis for axis in range(jnp.ndim(node.v)) if axis not in fan_in_axes(node))
+    length = split("", jnp.asarray(node.v), features, mesh_axes).g  # as `weight_norm` takes it
+    return {"g": g, "scale": over_root(g, squared_norm), "v": length}

@@ -12,7 +12,7 @@ import optax
 from wnjax._axes import Axes, is_part_of_tree, weights_of
 from wnjax._axis_name import AxisName, split_over
 from wnjax._leaves import flatten, rebox, unbox, unbox_node
-from wnjax._nodes import FanIn, fan_in_axes, norm_dtype, total
+from wnjax._nodes import FanIn, fan_in_axes, in_range, norm_dtype, root, total
 
 
 def keep_norms(axes: Axes = None, *, axis_name: AxisName = None) -> optax.GradientTransformation:
@@ -24,7 +24,9 @@ def keep_norms(axes: Axes = None, *, axis_name: AxisName = None) -> optax.Gradie
 
     so that only directions are trained: projected, or forced, weight normalization. With nodes, it
     fixes ‖v‖, and with it the effective learning rate of the directions, which else falls as ‖v‖
-    grows. A neuron of zeros has no norm to keep, and takes its first update as it is.
+    grows. A neuron of zeros has no norm to keep, and takes its first update as it is. So does one
+    that the update takes to zero, and one whose squares its dtype does not represent (in float32:
+    ‖w‖ below 3.2e-16 or above 1.8e19).
 
     Source: Salimans & Kingma 2016, https://arxiv.org/abs/1602.07868, section 2.1, on how ‖v‖ grows;
     Karras et al. 2023, https://arxiv.org/abs/2312.02696, section 2.3, for forcing norms.
@@ -104,9 +106,9 @@ def _projected(update: jax.Array, w: jax.Array, fan_in: FanIn) -> jax.Array:
     u, w = update.astype(wide), w.astype(wide)
     squared_norm = total(w * w, fan_in)
     more = total((2 * w + u) * u, fan_in)
-    tiny = jnp.finfo(wide).tiny
-    norm = jnp.sqrt(squared_norm)
-    new_norm = jnp.sqrt(jnp.maximum(squared_norm + more, tiny))
+    new_squared_norm = squared_norm + more
+    norm, new_norm = root(squared_norm), root(new_squared_norm)
     shorter = -more / ((norm + new_norm) * new_norm)  # ‖w‖/‖w + u‖ − 1
+    has_norms = in_range(squared_norm) & in_range(new_squared_norm)
     kept = u * (norm / new_norm) + w * shorter
-    return jnp.where(norm == 0, u, kept).astype(update.dtype)
+    return jnp.where(has_norms, kept, u).astype(update.dtype)

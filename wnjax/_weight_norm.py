@@ -86,7 +86,8 @@ def weight_norm(
         * a dict from regular expressions, matched against the whole slash path, to feature
           axes, or to None for a leaf to be kept; the first match wins.
         * a callable `(path, leaf) -> feature axes or None`.
-        * a tree shaped like `params` with `Neuron` and `NotNeuron` as leaves.
+        * a tree with `Neuron` and `NotNeuron` as leaves, shaped like `params`, or like a tree of
+          which these are a part.
 
         Feature axes are an int or a tuple of ints; `()` gives the whole leaf one norm.
       log_scale: make `LogWeightNorm` nodes, g = exp(log_g).
