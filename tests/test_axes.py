@@ -5,7 +5,10 @@ import re
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
 import pytest
+from flax import nnx
 from flax.core import freeze
 
 import wnjax
@@ -105,6 +108,46 @@ def test_tree_of_neurons_may_be_of_another_container():
     assert len(gain_shapes(params, axes)) == 2
 
 
+@pytest.mark.parametrize("tree", ["dict", "nnx_state"])
+@pytest.mark.parametrize("form", ["weight_norm", "weight_normalized", "keep_norms"])
+def test_tree_of_neurons_of_the_whole_serves_for_a_part(form, tree):
+    whole = toys.TREES[tree]()
+    axes = jax.tree.map(lambda p: Neuron(0) if p.ndim == 2 else NotNeuron("bias"), whole)
+    part = (
+        {"first": whole["first"]}
+        if tree == "dict"
+        else nnx.filter_state(whole, nnx.PathContains("first"))
+    )
+    if form == "weight_norm":
+        assert gain_shapes(part, axes) == {"first/kernel": (3, 1)}
+        return
+    optimizer = (
+        wnjax.keep_norms(axes)
+        if form == "keep_norms"
+        else wnjax.weight_normalized(optax.trace(0.0), axes)
+    )
+    # A step along w: no direction changes.
+    updates, _ = optimizer.update(part, optimizer.init(part), part)
+    (kernel,) = [x for x in jax.tree.leaves(part) if x.ndim == 2]
+    (update,) = [x for x in jax.tree.leaves(updates) if x.ndim == 2]
+    factor = {"keep_norms": 0, "weight_normalized": 1}[form]
+    np.testing.assert_allclose(update, factor * kernel, rtol=1e-5, atol=1e-6)
+
+
+def test_axes_of_a_whole_model_serve_an_optimizer_of_some_of_its_params():
+    model = toys.TwoLayers(nnx.Rngs(0))
+    graphdef, params = nnx.split(model, nnx.Param)
+    axes = wnjax.neurons(lambda p, x: nnx.merge(graphdef, p)(x), params, jnp.ones((5, 3)))
+    wrt = nnx.All(nnx.Param, nnx.PathContains("first"))
+    optimizer = nnx.Optimizer(model, wnjax.weight_normalized(optax.sgd(0.1), axes), wrt=wrt)
+    before = jax.tree.map(jnp.copy, nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+    grads = nnx.grad(lambda m: jnp.sum(m(jnp.ones((5, 3)))), argnums=nnx.DiffState(0, wrt))(model)
+    optimizer.update(model, grads)
+    after = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    assert (after["rest"][0]["kernel"] == before["rest"][0]["kernel"]).all()
+    assert (after["first"]["kernel"] != before["first"]["kernel"]).any()
+
+
 def test_tree_of_neurons_may_be_callable():
     """An Equinox module is one."""
     model = eqx.filter(eqx.nn.Linear(3, 4, key=jax.random.key(0)), eqx.is_array)
@@ -165,9 +208,9 @@ def test_a_single_array_is_a_tree():
             "the tree says nothing of these leaves:\n  ids$",
         ),
         (
-            {"dense": {"kernel": Neuron(-1), "bias": 0}, "ids": 0, "more": Neuron(-1)},
+            {"more": Neuron(-1)},
             ValueError,
-            "the tree has leaves that params lacks:\n  more$",
+            "the tree says nothing of these leaves:\n  dense/bias\n  dense/kernel\n  ids$",
         ),
         (
             {"dense": {"kernel": Neuron(-1), "bias": 0}, "ids": NotNeuron("ids")},

@@ -3,11 +3,14 @@
 from functools import partial
 
 import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import serialization
+from flax.training.train_state import TrainState
 
 import wnjax
 from tests import toys
@@ -88,6 +91,60 @@ def test_without_a_batch():
     _, state = optimizer.update(params, state, params, batch=BATCH)
     updates, _ = optimizer.update(params, state, params)  # known to be initialized
     chex.assert_trees_all_close(updates, jax.tree.map(lambda g: -0.1 * g, params))
+
+
+@pytest.mark.parametrize("jit", [False, True])
+def test_trained_parameters_are_not_initialized_again(jit):
+    params = toys.mlp_params()
+    optimizer = wnjax.data_initialized(optax.sgd(0.1), toys.mlp, initialized=True)
+    update = jax.jit(optimizer.update) if jit else optimizer.update
+    updates, state = update(params, optimizer.init(params), params, batch=BATCH)
+    chex.assert_trees_all_close(updates, jax.tree.map(lambda g: -0.1 * g, params))
+    assert state.initialized
+    if not jit:
+        optimizer.update(params, optimizer.init(params), params)  # needs no batch
+
+
+def test_what_comes_after_it_in_a_chain_scales_the_initialization():
+    """As the documentation says: it must be last. It cannot see what comes after."""
+    params = toys.mlp_params()
+
+    def deviation(*transforms):
+        optimizer = optax.chain(*transforms)
+        updates, _ = optimizer.update(params, optimizer.init(params), params, batch=BATCH)
+        std = toys.mlp(optax.apply_updates(params, updates), BATCH).std(0)
+        return float(jnp.abs(std - 1).max())
+
+    initialized = wnjax.data_initialized(optax.sgd(0.1), toys.mlp)
+    assert deviation(optax.clip_by_global_norm(1.0), initialized) < 1e-3
+    assert deviation(initialized, optax.clip_by_global_norm(1.0)) > 0.1
+
+
+def test_train_states_error_names_the_way_that_works():
+    model = nn.Dense(4)
+    state = TrainState.create(
+        apply_fn=model.apply,
+        params=model.init(jax.random.key(0), BATCH)["params"],
+        tx=wnjax.data_initialized(optax.sgd(0.1), lambda p, x: model.apply({"params": p}, x)),
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"TrainState does not pass it on: write state\.tx\.update\(grads, state\.opt_state, "
+        r"state\.params, batch=\.\.\.\) and optax\.apply_updates",
+    ):
+        state.apply_gradients(grads=state.params, batch=BATCH)
+    updates, opt_state = state.tx.update(state.params, state.opt_state, state.params, batch=BATCH)
+    state = state.replace(params=optax.apply_updates(state.params, updates), opt_state=opt_state)
+    np.testing.assert_allclose(state.apply_fn({"params": state.params}, BATCH).std(0), 1, rtol=1e-3)
+    state.apply_gradients(grads=state.params)  # known to be initialized
+
+
+def test_a_state_restored_without_a_target_is_refused():
+    params = toys.mlp_params()
+    optimizer = wnjax.data_initialized(optax.sgd(0.1), toys.mlp)
+    restored = serialization.to_state_dict(optimizer.init(params))
+    with pytest.raises(TypeError, match=r"a DataInitializedState, got a dict.*restored without"):
+        optimizer.update(params, restored, params, batch=BATCH)
 
 
 def test_options_and_extra_arguments_are_passed_on():

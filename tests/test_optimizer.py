@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
+from flax import nnx, serialization
 from flax.training.train_state import TrainState
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -264,17 +264,48 @@ def test_optax_finds_its_way_in_the_state():
     doubled = optax.tree_map_params(optimizer, lambda x: x + 1, state)
     ((_, mu),) = optax.tree_utils.tree_get_all_with_path(doubled, "mu")
     assert float(mu["first"]["kernel"].g[0, 0]) == 1
-    length, before = (s.lengths["first"]["kernel"].g for s in (doubled, state))
+    length, before = (s.lengths["first"]["kernel"] for s in (doubled, state))
     np.testing.assert_allclose(length, before + 1)
     np.testing.assert_allclose(optax.tree_utils.tree_get(state, "learning_rate"), 1e-2)
-    names = optax.tree_map_params(
-        optimizer,
-        lambda _, name: name,
-        state,
-        wnjax.labels(wnjax.weight_norm(params, AXES)),
-        is_leaf=lambda x: isinstance(x, optax.MaskedNode),
+
+
+def whole_of_size_1(leaf, spec):
+    """Specs of a node or an array: axes of size 1 are not split."""
+    return jax.tree.map(
+        lambda x: PartitionSpec(
+            *[None if n == 1 else name for n, name in zip(x.shape, spec, strict=True)]
+        ),
+        leaf,
     )
-    assert names.lengths["second"]["kernel"] == wnjax.WeightNorm("g", "v")
+
+
+@pytest.mark.parametrize("remainder", [False, True])
+@pytest.mark.parametrize("wrapper", ["alone", "data_initialized"])
+def test_specs_of_parameters_make_those_of_the_state(wrapper, remainder):
+    params, _, _ = problem(jnp.float32)
+    specs = jax.tree.map(lambda p: PartitionSpec(*"xy"[-p.ndim :]), params)
+    optimizer = wnjax.weight_normalized(optax.adam(1e-2), AXES, remainder=remainder)
+    if wrapper == "data_initialized":
+        optimizer = wnjax.data_initialized(optimizer, toys.mlp)
+    state = jax.eval_shape(optimizer.init, params)
+    found = optax.tree.map_params(
+        optimizer,
+        whole_of_size_1,
+        state,
+        specs,
+        transform_non_params=lambda _: PartitionSpec(),
+        is_leaf=lambda x: isinstance(x, wnjax.WeightNorm | optax.MaskedNode),
+    )
+    assert jax.tree.structure(found) == jax.tree.structure(state)
+    g, v, bias = PartitionSpec(None, "y"), PartitionSpec("x", "y"), PartitionSpec("y")
+    found = optax.tree.get(found, "WeightNormalizedState")
+    for tree in (found.inner[0].mu, found.inner[0].nu):
+        assert tree["first"] == {"kernel": wnjax.WeightNorm(g, v), "bias": bias}
+    assert found.inner[0].count == PartitionSpec()
+    assert found.lengths["second"] == {"kernel": g, "bias": optax.MaskedNode()}
+    expected = {"kernel": v, "bias": bias} if remainder else dict.fromkeys(["kernel", "bias"])
+    nothing = optax.MaskedNode()
+    assert found.residuals["second"] == {k: x or nothing for k, x in expected.items()}
 
 
 def test_line_searches_see_functions_of_nodes():
@@ -298,6 +329,175 @@ def test_line_searches_see_functions_of_nodes():
     assert values[-1] < 0.6 * values[0]
 
 
+def steps_with_functions(optimizer, loss, params, extra, from_state):
+    """Six steps, with `extra` of the loss as extra arguments of `update`."""
+    params, state = jax.tree.map(jnp.copy, params), optimizer.init(params)
+    value_and_grad = optax.value_and_grad_from_state(loss)
+
+    @jax.jit
+    def step(params, state):
+        value, grads = (
+            value_and_grad(params, state=state) if from_state else jax.value_and_grad(loss)(params)
+        )
+        updates, state = optimizer.update(grads, state, params, **extra(loss, value, grads))
+        return optax.apply_updates(params, updates), state
+
+    for _ in range(6):
+        params, state = step(params, state)
+    return params
+
+
+def line_search_arguments(loss, value, grads):
+    # As optax allows: further arguments of value_fn, under their own names.
+    return {"value_fn": lambda p, times: times * loss(p) / times, "times": 2.0} | {
+        "value": value,
+        "grad": grads,
+    }
+
+
+FUNCTIONS = {  # name: (optimizer, extra arguments from the loss, its value and gradients)
+    "sam": (lambda: optax.contrib.sam(optax.sgd(0.1), optax.sgd(0.05)), lambda *_: {}),
+    "sam_grad_fn": (
+        lambda: optax.contrib.sam(
+            optax.adam(1e-2), optax.sgd(0.05), opaque_mode=True, sync_period=3
+        ),
+        lambda loss, *_: {"grad_fn": lambda p, i: jax.grad(loss)(p)},
+    ),
+    "sophia": (
+        lambda: optax.contrib.sophia(1e-2, update_interval=2),
+        lambda loss, *_: {"obj_fn": loss},
+    ),
+    "lbfgs": (optax.lbfgs, line_search_arguments),
+    "backtracking": (
+        lambda: optax.chain(
+            optax.sgd(1.0), optax.scale_by_backtracking_linesearch(10, store_grad=True)
+        ),
+        line_search_arguments,
+    ),
+}
+
+
+@pytest.mark.usefixtures("x64", "standard_promotion")
+@pytest.mark.parametrize("from_state", [False, True])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_functions_of_the_parameters_against_explicit_training(name, from_state):
+    """Those in extra arguments, and values and gradients that are read from the state."""
+    if from_state and name not in ("lbfgs", "backtracking"):
+        pytest.skip("keeps no gradient")
+    make, extra = FUNCTIONS[name]
+    params, x, y = problem(jnp.float64)
+
+    def plain_loss(params):
+        return loss(params, x, y)
+
+    def loss_of_nodes(nodes):
+        return plain_loss(wnjax.fold(nodes))
+
+    with jax.numpy_rank_promotion("allow"):
+        found = steps_with_functions(
+            wnjax.weight_normalized(make(), AXES), plain_loss, params, extra, from_state
+        )
+        nodes = wnjax.weight_norm(params, AXES)
+        explicit = steps_with_functions(make(), loss_of_nodes, nodes, extra, False)
+    assert distance(found, params) > 0.02
+    assert distance(found, wnjax.fold(explicit)) < 1e-11
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_line_searches_see_neurons_of_zeros_and_the_dtype_of_the_parameters():
+    params = {"kernel": jnp.zeros((3, 2), jnp.bfloat16)}
+    optimizer = wnjax.weight_normalized(optax.lbfgs())
+
+    def fn(params):
+        assert params["kernel"].dtype == jnp.bfloat16
+        return jnp.sum((params["kernel"].astype(jnp.float32) - 1) ** 2)
+
+    state = optimizer.init(params)
+    for _ in range(3):
+        value, grads = optax.value_and_grad_from_state(fn)(params, state=state)
+        updates, state = optimizer.update(
+            grads, state, params, value=value, grad=grads, value_fn=fn
+        )
+        params = optax.apply_updates(params, updates)
+    np.testing.assert_allclose(params["kernel"].astype(jnp.float32), 1, rtol=1e-2)
+
+
+def test_other_functions_are_refused():
+    params, _, _ = problem(jnp.float32)
+    optimizer = wnjax.weight_normalized(optax.sgd(0.1), AXES)
+    with pytest.raises(TypeError, match="the extra argument 'my_fn' of update is a function"):
+        optimizer.update(params, optimizer.init(params), params, my_fn=lambda p: p)
+
+
+@pytest.mark.usefixtures("x64", "standard_promotion")
+@pytest.mark.parametrize("around", ["alone", "chain", "masked"])
+def test_schedule_free_inside(around):
+    """What it evaluates is that of training nodes, by way of `inner_params`."""
+    params, x, y = problem(jnp.float64)
+    schedule_free = optax.contrib.schedule_free_adamw(0.1)
+    optimizer = wnjax.weight_normalized(schedule_free, AXES)
+    mask = {"first": True, "second": around != "masked"}
+    if around == "masked":
+        optimizer = optax.masked(optimizer, mask)
+    if around != "alone":
+        optimizer = optax.chain(optax.zero_nans(), optimizer)
+
+    def run(optimizer, params, loss):
+        state = optimizer.init(params)
+
+        @jax.jit
+        def step(params, state):
+            grads = jax.grad(loss)(params)
+            grads["second"] = jax.tree.map(
+                lambda g: g if mask["second"] else jnp.zeros_like(g), grads["second"]
+            )
+            updates, state = optimizer.update(grads, state, params)
+            return optax.apply_updates(params, updates), state
+
+        for _ in range(10):
+            params, state = step(params, state)
+        return params, state
+
+    plain, state = run(optimizer, params, lambda p: loss(p, x, y))
+    state = optax.tree.get(state, "WeightNormalizedState", state)
+    masked = jax.tree.map(lambda keep, p: p if keep else optax.MaskedNode(), mask, plain)
+    nodes = wnjax.inner_params(state, masked)
+    found = wnjax.fold(optax.contrib.schedule_free_eval_params(state.inner, nodes))
+
+    nodes = wnjax.weight_norm(params, AXES)
+    nodes, state = run(schedule_free, nodes, lambda t: loss(wnjax.fold(t), x, y))
+    expected = wnjax.fold(optax.contrib.schedule_free_eval_params(state, nodes))
+    parts = ["first", "second"] if mask["second"] else ["first"]
+    assert distance([plain[k] for k in parts], [expected[k] for k in parts]) > 0.01
+    assert distance([found[k] for k in parts], [expected[k] for k in parts]) < 1e-12
+
+
+def test_inner_params_hold_what_rounding_took_and_take_lengths_from_the_state():
+    params = {"kernel": jnp.array([[3.0], [4.0]], jnp.bfloat16), "bias": jnp.zeros(1)}
+    optimizer = wnjax.weight_normalized(optax.sgd(1.0))
+    state = optimizer.init(params)
+    state = state._replace(
+        lengths=state.lengths | {"kernel": jnp.array([[-10.0]])},
+        residuals=state.residuals | {"kernel": jnp.array([[0.001], [0.0]])},
+    )
+    nodes = wnjax.inner_params(state, params)
+    w = np.array([[3.001], [4.0]])
+    assert nodes["kernel"].v.dtype == jnp.float32
+    np.testing.assert_allclose(nodes["kernel"].g, [[-np.linalg.norm(w)]], rtol=1e-6)
+    np.testing.assert_allclose(nodes["kernel"].v, -10 * w / np.linalg.norm(w), rtol=1e-6)
+    np.testing.assert_array_equal(nodes["bias"], params["bias"])
+
+
+@pytest.mark.parametrize("name", toys.TREES)
+def test_inner_params_of_every_tree_fit_the_inner_state(name):
+    params = toys.TREES[name]()
+    optimizer = wnjax.weight_normalized(optax.trace(0.9), {".*kernel": 1, ".*bias": None})
+    state = optimizer.init(params)
+    nodes = wnjax.inner_params(state, params)
+    assert jax.tree.structure(nodes) == jax.tree.structure(state.inner.trace)
+    chex.assert_trees_all_close(wnjax.fold(nodes), params, rtol=1e-6)
+
+
 @pytest.mark.parametrize("edit", ["average", "half", "clip"])
 def test_other_parameters_are_gone_on_with(edit):
     params, x, y = problem(jnp.float32)
@@ -314,7 +514,7 @@ def test_other_parameters_are_gone_on_with(edit):
     grads = jax.grad(loss)(other, x, y)
     updates, _ = optimizer.update(grads, state, other)
     nodes = wnjax.weight_norm(other, AXES)  # as if v had followed w at the length it had
-    lengths = {k: state.lengths[k]["kernel"].g for k in nodes}
+    lengths = {k: state.lengths[k]["kernel"] for k in nodes}
     nodes = {
         k: v | {"kernel": v["kernel"]._replace(v=v["kernel"].v / v["kernel"].g * lengths[k])}
         for k, v in nodes.items()
@@ -331,6 +531,8 @@ def test_state_and_compilation():
     optimizer = wnjax.weight_normalized(optax.sgd(0.1), AXES)
     state = optimizer.init(params)
     assert sum(x.size for x in jax.tree.leaves(state)) == 8 + 16
+    chex.assert_trees_all_equal(wnjax.fold(state), state)  # no nodes of its own
+    assert wnjax.norms(state) == {}
 
     @chex.assert_max_traces(n=1)
     def step(params, state):
@@ -437,6 +639,13 @@ def test_errors():
     state = optimizer.init(params)
     with pytest.raises(ValueError, match="pass them"):
         optimizer.update(params, state)
+    restored = serialization.to_state_dict(state)
+    with pytest.raises(TypeError, match=r"a dict.*optimizer\.init\(params\) as the target"):
+        optimizer.update(params, restored, params)
+    with pytest.raises(TypeError, match=r"inner_params: .* got a dict"):
+        wnjax.inner_params(restored, params)
+    with pytest.raises(TypeError, match=r'optax.tree.get\(state, "WeightNormalizedState"\)'):
+        wnjax.inner_params((state,), params)
     with pytest.raises(ValueError, match=r"nodes already.*\n  first/kernel"):
         optimizer.init(wnjax.weight_norm(params, AXES))
     with pytest.raises(ValueError, match="no leaf is a weight"):

@@ -102,7 +102,6 @@ def weight_normalized(
     True
     """
     inner = optax.with_extra_args_support(optimizer)
-    takes_extra = isinstance(optimizer, optax.GradientTransformationExtraArgs)
 
     def init(params: chex.ArrayTree) -> WeightNormalizedState:
         plain = _Plain(params, _weights_of(params, axes), axis_name)
@@ -136,7 +135,7 @@ def weight_normalized(
             plain.chain_rule(exact, views, updates),
             _with_grad(state.inner, params, lambda grad: plain.chain_rule(exact, views, grad)),
             nodes,
-            **(plain.extra(exact, views, extra) if takes_extra else {}),
+            **plain.extra(exact, views, extra),
         )
         inner_state = _with_grad(
             inner_state, nodes, lambda grad: plain.weight_grads(views, changes, grad)
@@ -327,8 +326,8 @@ class _Plain:
                 raise TypeError(
                     f"weight_normalized: the extra argument {name!r} of update is a function, and "
                     "the optimizer inside would call it with g and v in the place of the "
-                    "parameters. value_fn, obj_fn (values) and grad_fn (gradients) are understood; "
-                    "give another to an optimizer outside of weight_normalized"
+                    "parameters. value_fn, obj_fn (values) and grad_fn (gradients) are understood. "
+                    "Let what calls another function close over it: it is then one of nodes"
                 )
         return extra
 
@@ -367,10 +366,10 @@ def _with_grad(state: Any, like: Any, fn: Callable[[Any], Any]) -> Any:
 
     It does so if its one field called `grad`, as optax would find it, is a tree like `like`.
     """
-    structure = jax.tree.structure(like)
+    structure: Any = jax.tree.structure(like)
 
     def is_tree(_: Any, x: Any) -> bool:
-        return jax.tree.structure(x) == structure
+        return bool(structure == jax.tree.structure(x))
 
     found = optax.tree.get_all_with_path(state, "grad", is_tree)
     if len(found) != 1:
