@@ -134,10 +134,15 @@ def test_nnx_variables_without_a_target(orbax, tmp_path):
 
 @every_orbax
 def test_optimizer_states_without_a_target_are_refused(orbax, tmp_path):
-    """The lengths of `weight_normalized` look like nodes: only a target tells them apart."""
-    restored = orbax(tmp_path, optimizer_form_state(), None)
-    with pytest.raises(ValueError, match="lengths/first/kernel: v should be an array"):
-        from_dicts(restored)
+    """By the optimizer: they are dicts, in which `from_dicts` finds moments and no lengths."""
+    state, params = optimizer_form_state(), toys.mlp_params()
+    restored = from_dicts(orbax(tmp_path, state, None))
+    chex.assert_trees_all_equal(
+        wnjax.fold(restored["lengths"])["first"]["kernel"], state.lengths["first"]["kernel"]
+    )
+    optimizer = wnjax.weight_normalized(optax.adam(1e-2))
+    with pytest.raises(TypeError, match=r"a WeightNormalizedState, got a dict.* without a target"):
+        optimizer.update(params, restored, params)
 
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])

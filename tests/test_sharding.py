@@ -165,7 +165,7 @@ def test_optimizer_states_are_sharded_as_the_weights_are(mesh, layout):
     optimizer = OPTIMIZERS["weight_normalized"]
     params, state = jax.jit(step(optimizer))(params, optimizer.init(params))
     assert same_layout(params["kernel"], spec)
-    assert same_layout(state.lengths["kernel"].g, gain_spec)
+    assert same_layout(state.lengths["kernel"], gain_spec)
     for moment in (state.inner[0].mu, state.inner[0].nu):
         assert same_layout(moment["kernel"].v, spec)
         assert same_layout(moment["kernel"].g, gain_spec)

@@ -14,9 +14,18 @@ from wnjax._axes import Decision, Neuron
 from wnjax._axis_name import AxisName, split_over
 from wnjax._data_init import Initialized
 from wnjax._leaves import check_not_apart, flatten, unbox, unbox_node
-from wnjax._nodes import LogWeightNorm, Node, fan_in_axes, gain, is_node, over_root, squared_norm_of
+from wnjax._nodes import (
+    LogWeightNorm,
+    Node,
+    fan_in_axes,
+    gain,
+    in_range,
+    is_node,
+    over_root,
+    root,
+    squared_norm_of,
+)
 from wnjax._walk.trace import is_array
-from wnjax._weight_norm import split
 
 
 def summary(tree: chex.ArrayTree) -> str:
@@ -158,7 +167,9 @@ def norms(tree: chex.ArrayTree, *, axis_name: AxisName = None) -> dict[str, dict
 
     Returns:
       From the slash path of every node to a dict with `"v"`, `"g"` and `"scale"`: arrays of
-      g's shape, in float32 or wider. g is exp(log_g) for a `LogWeightNorm`.
+      g's shape, in float32 or wider. g is exp(log_g) for a `LogWeightNorm`. ‖v‖ is at most what
+      the root of the largest number is, 1.8e19 in float32; there, and below 3.2e-16, its
+      derivatives are 0.
 
     Raises:
       ValueError: as `fold`; or if `tree` is the state of a `wnjax.nnx.WeightNorm`: take `nodes()`.
@@ -179,6 +190,7 @@ def norms(tree: chex.ArrayTree, *, axis_name: AxisName = None) -> dict[str, dict
 
 def _norms(node: Node, mesh_axes: tuple[str, ...]) -> dict[str, jax.Array]:
     g, squared_norm = gain(node), squared_norm_of(node, mesh_axes)
-    features = tuple(axis for axis in range(jnp.ndim(node.v)) if axis not in fan_in_axes(node))
-    length = split("", jnp.asarray(node.v), features, mesh_axes).g  # as `weight_norm` takes it
+    largest = jnp.finfo(squared_norm.dtype).max
+    out_of_range = jax.lax.stop_gradient(jnp.sqrt(jnp.minimum(squared_norm, largest)))
+    length = jnp.where(in_range(squared_norm), root(squared_norm), out_of_range)
     return {"g": g, "scale": over_root(g, squared_norm), "v": length}
