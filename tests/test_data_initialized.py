@@ -98,11 +98,10 @@ def test_trained_parameters_are_not_initialized_again(jit):
     params = toys.mlp_params()
     optimizer = wnjax.data_initialized(optax.sgd(0.1), toys.mlp, initialized=True)
     update = jax.jit(optimizer.update) if jit else optimizer.update
-    updates, state = update(params, optimizer.init(params), params, batch=BATCH)
-    chex.assert_trees_all_close(updates, jax.tree.map(lambda g: -0.1 * g, params))
-    assert state.initialized
-    if not jit:
-        optimizer.update(params, optimizer.init(params), params)  # needs no batch
+    for extra in ({"batch": BATCH}, {}):  # it needs no batch
+        updates, state = update(params, optimizer.init(params), params, **extra)
+        chex.assert_trees_all_close(updates, jax.tree.map(lambda g: -0.1 * g, params))
+        assert state.initialized
 
 
 def test_what_comes_after_it_in_a_chain_scales_the_initialization():

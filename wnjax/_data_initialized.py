@@ -49,7 +49,7 @@ def data_initialized(
       optimizer: of plain parameters, `weight_normalized` for one, or of a tree with nodes.
       fn: the forward function `fn(params, batch)`, as for `data_init`.
       initialized: whether the parameters are initialized, or trained, already: then every update
-        is one of `optimizer`.
+        is one of `optimizer`, and `batch` may be left out.
       **options: of `data_init`: `std`, `axis_name`.
 
     Returns:
@@ -102,7 +102,7 @@ def data_initialized(
             change = jax.tree.map(lambda a, b, x: (a - b).astype(x.dtype), new, params, like)
             return change, state.inner
 
-        if is_known and state.initialized:
+        if initialized or (is_known and state.initialized):
             changes, inner_state = step()
         elif batch is None:
             raise ValueError(
