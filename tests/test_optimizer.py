@@ -378,12 +378,12 @@ FUNCTIONS = {  # name: (optimizer, extra arguments from the loss, its value and 
 
 
 @pytest.mark.usefixtures("x64", "standard_promotion")
-@pytest.mark.parametrize("from_state", [False, True])
-@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize(
+    ("name", "from_state"),
+    [*((name, False) for name in FUNCTIONS), ("lbfgs", True), ("backtracking", True)],
+)
 def test_functions_of_the_parameters_against_explicit_training(name, from_state):
     """Those in extra arguments, and values and gradients that are read from the state."""
-    if from_state and name not in ("lbfgs", "backtracking"):
-        pytest.skip("keeps no gradient")
     make, extra = FUNCTIONS[name]
     params, x, y = problem(jnp.float64)
 
@@ -486,6 +486,29 @@ def test_inner_params_hold_what_rounding_took_and_take_lengths_from_the_state():
     np.testing.assert_allclose(nodes["kernel"].g, [[-np.linalg.norm(w)]], rtol=1e-6)
     np.testing.assert_allclose(nodes["kernel"].v, -10 * w / np.linalg.norm(w), rtol=1e-6)
     np.testing.assert_array_equal(nodes["bias"], params["bias"])
+
+
+def test_inner_params_of_shards():
+    params = {"kernel": jax.random.normal(jax.random.key(0), (16, 3), jnp.float32)}
+    optimizer = wnjax.weight_normalized(optax.sgd(0.1))
+    state = optimizer.init(params)
+    state = state._replace(lengths={"kernel": 2 * state.lengths["kernel"]})
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows = PartitionSpec("x")
+    state_specs = jax.tree.map(lambda _: PartitionSpec(), state)
+
+    def run(**options):
+        return jax.shard_map(
+            lambda *args: wnjax.inner_params(*args, **options),
+            mesh=mesh,
+            in_specs=(state_specs, {"kernel": rows}),
+            out_specs={"kernel": wnjax.WeightNorm(PartitionSpec(), rows)},
+        )(state, params)
+
+    found, expected = run(axis_name="x"), wnjax.inner_params(state, params)
+    chex.assert_trees_all_close(found, expected, rtol=1e-6)
+    with pytest.raises(ValueError, match="kernel: its fan-in axes seem to be split over 'x'"):
+        run()
 
 
 @pytest.mark.parametrize("name", toys.TREES)
