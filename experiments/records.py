@@ -8,10 +8,16 @@ metrics.jsonl   one JSON object a line, for every evaluation: step, epoch, secon
                 its norms
 shared          a number by which several processes know that they share the directory
 checkpoints/    the last states
+digests.json    sums of their bits, by which damage is found
 pictures/       what the task draws after the last step
 profile/        of the steps that --config.profile names
 tensorboard/    the metrics once more, if --config.tensorboard is set
 outcome.txt     the last and the best evaluation, when all is done
+run.lock        the process that trains here, or the last one that did
+damaged/        checkpoints that could not be gone on from
+
+A directory without run.json holds no run yet. Files that are written at once are whole or as they
+were, whenever the process ends.
 """
 
 from __future__ import annotations
@@ -24,7 +30,8 @@ import platform
 import re
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -32,12 +39,26 @@ from typing import Any
 import jax
 import numpy as np
 
+from experiments import locks
 from experiments.cluster import is_first
 from experiments.command_line import Run
 from experiments.config import Config
+from experiments.logs import log
 
 PACKAGES = ("wnjax", "jax", "jaxlib", "flax", "optax", "chex", "numpy")
 COMPARED = ("config", "versions", "device", "data")  # what makes a run the same run
+# What run.json must have, by its dotted name.
+FIELDS: Mapping[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("config", "versions", "device", "data"), dict),
+    **{"devices": list, "arguments": list},
+    **dict.fromkeys(("metric", "variant", "commit"), str),
+    **{"config.steps": int, "config.published": (int, float), "config.optimizer": dict},
+    "config.optimizer.learning_rate": (int, float),
+    **dict.fromkeys(("device.platform", "device.kind", "device.machine"), str),
+    **dict.fromkeys(("versions.python", "versions.jax", "versions.flax", "versions.optax"), str),
+}
+# What is there when a process was killed before it had made a run.
+BEGUN = {"run.json.part", "metrics.jsonl", locks.NAME}
 # What changes no numbers, or only their rounding.
 NOT_COMPARED = "data_dir|evals_per_save|profile|tensorboard|published|mesh.*|cluster.*"
 
@@ -50,6 +71,22 @@ class NoMetricsError(RecordError):
     """A run has not come to its first evaluation."""
 
 
+@contextmanager
+def opened(run: Run) -> Iterator[None]:
+    """Makes the directory of a run, unless it is there, and keeps other processes out of it.
+
+    Raises:
+      RecordError: if it holds another run, or anything else. Nothing is changed then.
+      LockError: if another process trains there.
+    """
+    _make(run.workdir)
+    with ExitStack() as stack:
+        with writing(run.workdir / locks.NAME):
+            stack.enter_context(locks.hold(run.workdir))
+        create(run)
+        yield
+
+
 def create(run: Run) -> None:
     """Makes the directory of a run, unless it is there.
 
@@ -57,18 +94,30 @@ def create(run: Run) -> None:
       RecordError: if it holds another run, or anything else. Nothing is changed then.
     """
     workdir, about = run.workdir, about_run(run.config)
-    if workdir.exists() and not workdir.is_dir():
-        raise RecordError(f"{workdir} is not a directory; choose another --workdir")
-    if workdir.is_dir() and any(workdir.iterdir()):
+    _make(workdir)
+    if os.path.lexists(workdir / "run.json"):
         _check_same(workdir, read_about(workdir), about)
         return
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
+    with writing(workdir / "metrics.jsonl"):
         (workdir / "metrics.jsonl").write_text("")
-        about |= {"variant": run.variant, "arguments": list(run.arguments), "commit": commit()}
-        _write_about(workdir, {**about, "devices": []})
+    about |= {"variant": run.variant, "arguments": list(run.arguments), "commit": commit()}
+    _write_about(workdir, {**about, "devices": []})  # with which the directory holds a run
+
+
+def _make(workdir: Path) -> None:
+    """Makes a directory, unless it is there and holds a run, or the beginning of one."""
+    try:
+        if workdir.exists() and not workdir.is_dir():
+            raise RecordError(f"{workdir} is not a directory; choose another --workdir")
+        workdir.mkdir(parents=True, exist_ok=True)
+        files = {file.name: file for file in workdir.iterdir()}
+        is_begun = files.keys() <= BEGUN and (
+            "metrics.jsonl" not in files or not files["metrics.jsonl"].stat().st_size
+        )
     except OSError as error:
         raise RecordError(f"{workdir} cannot be made: {error}; choose another --workdir") from error
+    if "run.json" not in files and not is_begun:
+        raise RecordError(_no_run(workdir))
 
 
 def check_shared(workdir: Path, number: int, seconds: float) -> None:
@@ -81,7 +130,8 @@ def check_shared(workdir: Path, number: int, seconds: float) -> None:
         return
     file, deadline = workdir / "shared", time.monotonic() + seconds
     if is_first():
-        file.write_text(str(number))
+        with writing(file):
+            file.write_text(str(number))
     while not (file.exists() and file.read_text() == str(number)):
         if time.monotonic() > deadline:
             raise RecordError(
@@ -171,6 +221,18 @@ def _compared(about: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in found.items() if not re.fullmatch(f"config.({NOT_COMPARED})", k)}
 
 
+def recorded(workdir: Path, steps_per_eval: int) -> int:
+    """The last step up to which the metrics have every evaluation; 0 if the first one lacks.
+
+    Raises:
+      RecordError: as for `read_lines`.
+    """
+    steps, last = {line["step"] for line in read_lines(workdir)}, 0
+    while last + steps_per_eval in steps:
+        last += steps_per_eval
+    return last
+
+
 def go_on(workdir: Path, step: int, mesh: Mapping[str, int]) -> float:
     """Drops the metrics of later steps, and a line that was cut off while it was written.
 
@@ -178,23 +240,22 @@ def go_on(workdir: Path, step: int, mesh: Mapping[str, int]) -> float:
 
     Returns:
       The seconds that the run had taken at the last evaluation that is left.
+
+    Raises:
+      RecordError: if a file is damaged or cannot be written. It is as it was then.
     """
     about, here = read_about(workdir), {"mesh": dict(mesh), "processes": jax.process_count()}
+    lines = read_lines(workdir, ("step", "seconds"))
+    kept = [line for line in lines if line["step"] <= step]
+    if dropped := len(lines) - len(kept):
+        log.info("%d evaluations after step %d are dropped and done again", dropped, step)
     devices = [one for one in about["devices"] if one["step"] < step]
     if not devices or {k: devices[-1][k] for k in here} != here:
         devices.append({"step": step, **here})
     _write_about(workdir, {**about, "devices": devices})
-    file, kept = workdir / "metrics.jsonl", []
-    for line in file.read_text().splitlines():
-        try:
-            values = json.loads(line)
-        except json.JSONDecodeError:
-            break
-        if values["step"] <= step:
-            kept.append(values)
-    part = file.with_suffix(".part")
-    part.write_text("".join(json.dumps(values) + "\n" for values in kept))
-    part.replace(file)  # whole, or as it was
+    write_whole(
+        workdir / "metrics.jsonl", "".join(json.dumps(values) + "\n" for values in kept)
+    )
     return float(kept[-1]["seconds"]) if kept else 0.0
 
 
@@ -220,7 +281,7 @@ def has_outcome(workdir: Path) -> bool:
 
 def finish(workdir: Path, outcome: str) -> None:
     """Marks a run as finished, in one line of text."""
-    (workdir / "outcome.txt").write_text(f"{outcome}\n")
+    write_whole(workdir / "outcome.txt", f"{outcome}\n")
 
 
 def read_outcome(workdir: Path) -> str:
@@ -229,9 +290,39 @@ def read_outcome(workdir: Path) -> str:
 
 
 def _write_about(workdir: Path, about: dict[str, Any]) -> None:
-    part = workdir / "run.json.part"
-    part.write_text(json.dumps(about, indent=2) + "\n")
-    part.replace(workdir / "run.json")
+    write_whole(workdir / "run.json", json.dumps(about, indent=2) + "\n")
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Writes a file that is whole, or as it was, whenever the process or the machine ends.
+
+    Raises:
+      RecordError: if it cannot be written.
+    """
+    part = file.with_name(f"{file.name}.part")
+    with writing(file):
+        with part.open("w") as opened_part:
+            opened_part.write(text)
+            opened_part.flush()
+            os.fsync(opened_part.fileno())
+        part.replace(file)
+
+
+@contextmanager
+def writing(file: Path) -> Iterator[None]:
+    """What writes a file.
+
+    Raises:
+      RecordError: if it cannot be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise RecordError(
+            f"{file} cannot be written: {error.strerror or error}. What was recorded before is "
+            "kept: free space on the disk, or make the directory writable, and the same command "
+            "goes on"
+        ) from error
 
 
 def append(workdir: Path, metrics: dict[str, Any]) -> None:
@@ -240,11 +331,8 @@ def append(workdir: Path, metrics: dict[str, Any]) -> None:
     Raises:
       RecordError: if it cannot be written.
     """
-    try:
-        with (workdir / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(metrics) + "\n")
-    except OSError as error:
-        raise RecordError(f"{workdir / 'metrics.jsonl'} cannot be written: {error}") from error
+    with writing(workdir / "metrics.jsonl"), (workdir / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(metrics) + "\n")
 
 
 def read_about(workdir: Path) -> dict[str, Any]:
@@ -253,17 +341,44 @@ def read_about(workdir: Path) -> dict[str, Any]:
     Raises:
       RecordError: if there is none, or none that can be read.
     """
+    file = workdir / "run.json"
     try:
-        about: dict[str, Any] = json.loads((workdir / "run.json").read_text())
+        about: Any = json.loads(file.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
-        raise RecordError(
-            f"{workdir} holds no run (it has no run.json); choose another directory"
-        ) from None
-    except json.JSONDecodeError as error:
-        raise RecordError(f"{workdir / 'run.json'} cannot be read: {error}") from error
-    if "config" not in about:
-        raise RecordError(f"{workdir / 'run.json'} has no config; it is no run of this program")
-    return about
+        raise RecordError(_no_run(workdir)) from None
+    except (OSError, ValueError) as error:
+        raise RecordError(f"{file} cannot be read: {error}; {_REMEDY}") from error
+    check_about(about, str(file))
+    return dict(about)
+
+
+_REMEDY = "put a copy of it back, or choose another directory"
+
+
+def check_about(about: Any, source: str) -> None:
+    """Refuses what is no content of run.json; `source` is what the message calls it.
+
+    Raises:
+      RecordError: naming the first field that lacks or is of another type.
+    """
+    if not isinstance(about, dict):
+        raise RecordError(f"{source} must hold an object, not {about!r:.50}; {_REMEDY}")
+    for name, kind in FIELDS.items():
+        value: Any = about
+        for key in name.split("."):
+            value = value.get(key)
+        if not isinstance(value, kind):
+            raise RecordError(
+                f"{source} has no {name}, or a wrong one ({value!r:.50}); it is damaged, or no run "
+                f"of this program: {_REMEDY}"
+            )
+    keys = {"step", "mesh", "processes"}
+    if not all(isinstance(one, dict) and keys <= one.keys() for one in about["devices"]):
+        raise RecordError(f"{source} has wrong devices ({about['devices']!r:.50}); {_REMEDY}")
+
+
+def _no_run(workdir: Path) -> str:
+    return f"{workdir} holds no run (it has no run.json); choose another directory"
 
 
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:
@@ -271,15 +386,41 @@ def read_metrics(workdir: Path) -> list[dict[str, Any]]:
 
     Raises:
       NoMetricsError: if there are none.
-      RecordError: if the file is not there, or a line is no JSON.
+      RecordError: as for `read_lines`.
     """
-    file = workdir / "metrics.jsonl"
-    try:
-        lines = [json.loads(line) for line in file.read_text().splitlines()]
-    except (FileNotFoundError, json.JSONDecodeError) as error:
-        raise RecordError(f"{file} cannot be read: {error}") from error
+    lines = read_lines(workdir)
     if not lines:
         raise NoMetricsError(f"{workdir} has no metrics yet")
+    return lines
+
+
+def read_lines(workdir: Path, needed: Sequence[str] = ("step",)) -> list[dict[str, Any]]:
+    """The lines of the metrics, of which there may be none, without a last one that was cut off.
+
+    Raises:
+      RecordError: if the file cannot be read, or a line before the last one is damaged: it is no
+        JSON, or a number that is needed lacks.
+    """
+    file, lines = workdir / "metrics.jsonl", []
+    try:
+        texts = file.read_bytes().rstrip(b"\n").split(b"\n")
+    except OSError as error:
+        raise RecordError(f"{file} cannot be read: {error}; {_REMEDY}") from error
+    for number, text in enumerate(texts if texts != [b""] else [], start=1):
+        try:
+            line = json.loads(text)
+            if not all(isinstance(line[name], int | float) for name in needed):
+                raise TypeError(f"{' and '.join(needed)} must be numbers")
+        except (ValueError, TypeError, LookupError) as error:
+            if number == len(texts) and text.startswith(b"{"):
+                log.warning("%s: the last line, %d, was cut off and is left out", file, number)
+                break
+            raise RecordError(
+                f"{file} cannot be read: line {number} is damaged ({error!r}). Put a copy of the "
+                "file back; or cut the file before that line, and the same command of "
+                "experiments.train does what is missing again, if a checkpoint before it is left"
+            ) from error
+        lines.append(line)
     return lines
 
 

@@ -7,11 +7,12 @@ not, bit for bit, on the same hardware.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import random
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -21,18 +22,22 @@ import numpy as np
 from experiments import cluster, records
 from experiments.boards import Board
 from experiments.budget import shorten
-from experiments.checkpoints import Checkpoints
+from experiments.checkpoints import CheckpointError, Checkpoints
 from experiments.command_line import ConfigError, Run, parse, usage
 from experiments.config import Config
 from experiments.datasets import Data, DataError, Examples
 from experiments.interrupts import Interrupts, Preemptions
+from experiments.locks import LockError
 from experiments.logs import log, log_to_stderr
 from experiments.loop import Loop, NotFiniteError
 from experiments.placement import claim_devices
 from experiments.programs import Programs
 from experiments.trainer import State
 
-MISTAKES = (ConfigError, DataError, records.RecordError, NotFiniteError, cluster.ClusterError)
+MISTAKES = (
+    *(ConfigError, DataError, NotFiniteError, cluster.ClusterError),
+    *(records.RecordError, LockError, CheckpointError),
+)
 
 
 @cluster.ending_with_others()
@@ -45,7 +50,9 @@ def train(run: Run) -> bool:
     Raises:
       ConfigError: if the config asks for more examples or devices than there are.
       DataError: if the data cannot be had.
-      RecordError: if the directory holds another run.
+      RecordError: if the directory holds another run, or cannot be written.
+      LockError: if another process trains in the directory.
+      CheckpointError: if a checkpoint cannot be written.
       NotFiniteError: if a loss is infinite or NaN. The last checkpoint is kept.
       ClusterError: if the processes do not find one another, or differ.
     """
@@ -56,31 +63,32 @@ def train(run: Run) -> bool:
     if data is None:
         log.info("%s is finished", workdir)
         return True
-    with cluster.together():
-        board = Board(workdir if config.tensorboard and cluster.is_first() else None)
-    programs = Programs(config, data)
-    with (
-        jax.set_mesh(programs.mesh),
-        Preemptions() if jax.process_count() > 1 else Interrupts() as interrupts,
-        Checkpoints(workdir) as checkpoints,
-        board,
-        cluster.ending_with_others(),  # before the checkpoints wait for the others
-    ):
-        states, seconds = begin(programs, checkpoints, workdir, started)
-        loop = Loop(programs, checkpoints, board, interrupts, workdir)
-        states = loop.run(states, seconds)
-        if done := loop.step == loop.length:
-            pictures = programs.pictures(states)
-    with cluster.together():
-        if done and cluster.is_first():
-            save_pictures(pictures, workdir / "pictures")
-            records.finish(workdir, outcome(run, loop.length))
+    with directory(run):
+        with cluster.together():
+            board = Board(workdir if config.tensorboard and cluster.is_first() else None)
+        programs = Programs(config, data)
+        with (
+            jax.set_mesh(programs.mesh),
+            Preemptions() if jax.process_count() > 1 else Interrupts() as interrupts,
+            Checkpoints(workdir) as checkpoints,
+            board,
+            cluster.ending_with_others(),  # before the checkpoints wait for the others
+        ):
+            states, seconds = begin(programs, checkpoints, workdir, started)
+            loop = Loop(programs, checkpoints, board, interrupts, workdir)
+            states = loop.run(states, seconds)
+            if done := loop.step == loop.length:
+                pictures = programs.pictures(states)
+        with cluster.together():
+            if done and cluster.is_first():
+                save_pictures(pictures, workdir / "pictures")
+                records.finish(workdir, outcome(run, loop.length))
     return done
 
 
 def prepare(run: Run) -> Data | None:
-    """The data, and a directory for the results, the same for all processes; None if it is done."""
-    config, workdir = run.config, run.workdir
+    """The data, the same for all processes; None if the run is done."""
+    config = run.config
     if not cluster.is_first():
         log.setLevel(logging.WARNING)  # the first one tells what all do
     with cluster.together():
@@ -96,13 +104,20 @@ def prepare(run: Run) -> Data | None:
     cluster.check_same(about)
     for split in filter(None, data):
         cluster.check_same(split)
-    with cluster.together():
-        if cluster.is_first():
-            records.create(run)
-    number = cluster.of_first(random.getrandbits(30))
-    with cluster.together():
-        records.check_shared(workdir, number, config.cluster.timeout)
     return data
+
+
+@contextlib.contextmanager
+def directory(run: Run) -> Iterator[None]:
+    """The directory for the results, which all processes see, and no other run's processes use."""
+    with contextlib.ExitStack() as held:
+        with cluster.together():
+            if cluster.is_first():
+                held.enter_context(records.opened(run))
+        number = cluster.of_first(random.getrandbits(30))
+        with cluster.together():
+            records.check_shared(run.workdir, number, run.config.cluster.timeout)
+        yield
 
 
 def load(config: Config) -> Data:
@@ -143,12 +158,12 @@ def begin(
     config, states = programs.config, programs.init()
     if config.weight_norm:
         log.info("the first of %d networks:\n%s", config.seeds, programs.summary(states))
-    step = checkpoints.latest()
+    step, states = last_states(programs, checkpoints, workdir, states)
     with cluster.together():
         first, mesh = cluster.is_first(), programs.mesh.shape
         seconds = records.go_on(workdir, step or 0, mesh) if first else 0.0
     if step is not None:
-        states = checkpoints.restore(states)
+        checkpoints.go_on_from(step)
         log.info("going on from step %d", step)
     log.info("compiling")
     programs.compile(states)
@@ -162,13 +177,50 @@ def begin(
     return states, seconds
 
 
+def last_states(
+    programs: Programs, checkpoints: Checkpoints, workdir: Path, states: State
+) -> tuple[int | None, State]:
+    """The last states that a run can go on from, and their step; what is given without any.
+
+    Their checkpoint is whole, and all evaluations before it are recorded.
+
+    Raises:
+      RecordError: if there are checkpoints, and none is such a one.
+    """
+    steps, size = checkpoints.steps(), programs.config.steps_per_eval
+    with cluster.together():
+        recorded = records.recorded(workdir, size) if cluster.is_first() else 0
+    recorded, reasons = cluster.of_first(recorded), []
+    for step in reversed(steps):
+        try:
+            if step >= recorded + size:
+                raise records.RecordError(
+                    f"the evaluation of step {recorded + size}, before the checkpoint of step "
+                    f"{step}, is not in {workdir / 'metrics.jsonl'}"
+                )
+            with cluster.together():
+                states = checkpoints.restore(states, step)
+        except (records.RecordError, CheckpointError, cluster.ClusterError) as error:
+            reasons.append(str(error))
+            log.warning("going on from an earlier step than %d: %s", step, error)
+        else:
+            return step, states
+    if reasons:
+        raise records.RecordError(
+            f"{workdir} cannot be gone on with: {'; '.join(reasons)}. Put a copy of the files back, "
+            f"or delete {workdir} to begin anew"
+        )
+    return None, states
+
+
 def save_pictures(pictures: dict[str, np.ndarray], folder: Path) -> None:
     """Writes every picture as a PNG, enlarged."""
     for name, picture in pictures.items():
-        folder.mkdir(exist_ok=True)
         large = np.repeat(np.repeat(picture, 2, axis=0), 2, axis=1)
         rgb = np.broadcast_to(large, (*large.shape[:2], 3))
-        matplotlib.image.imsave(folder / f"{name}.png", np.ascontiguousarray(rgb))
+        with records.writing(folder / f"{name}.png"):
+            folder.mkdir(exist_ok=True)
+            matplotlib.image.imsave(folder / f"{name}.png", np.ascontiguousarray(rgb))
 
 
 def outcome(run: Run, length: int) -> str:

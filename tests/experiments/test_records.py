@@ -161,7 +161,8 @@ def test_other_directories_and_files_are_refused(tmp_path):
         ("run.json", "{", "run.json cannot be read: "),
         ("run.json", "{}", "run.json has no config"),
         ("metrics.jsonl", None, "metrics.jsonl cannot be read: "),
-        ("metrics.jsonl", "{", "metrics.jsonl cannot be read: "),
+        ("metrics.jsonl", "{\n{}", "metrics.jsonl cannot be read: line 1 is damaged"),
+        ("metrics.jsonl", "{", "has no metrics yet"),  # cut off while it was written
         ("metrics.jsonl", "", "has no metrics yet"),
     ],
 )
