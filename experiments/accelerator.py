@@ -26,9 +26,10 @@ from typing import Any, NamedTuple
 
 from tabulate import tabulate
 
+from experiments.command_line import ConfigError, folder
 from experiments.items.training import CIFAR10
 from experiments.logs import log, log_to_stderr
-from experiments.records import commit
+from experiments.records import RecordError, commit, write_whole, writing
 
 RESULTS = Path(__file__).parent / "results/accelerator"
 PATIENCE = 1.5  # an item is ended after so many times the seconds that it should take
@@ -160,10 +161,8 @@ def run(command: Sequence[str], limit: float, text: Any) -> int | None:
 
 
 def _add(file: Path, record: dict[str, Any]) -> None:
-    records = json.loads(file.read_text()) if file.is_file() else []
-    part = file.with_suffix(".part")
-    part.write_text(json.dumps([*records, record]) + "\n")
-    part.replace(file)  # whole, or as it was
+    records = _read(file) if file.is_file() else []
+    write_whole(file, json.dumps([*records, record]) + "\n")
 
 
 def slug(kind: str) -> str:
@@ -175,13 +174,15 @@ def probe(limit: float = 120.0) -> dict[str, Any]:
     """The device that JAX takes by default, and the versions.
 
     Raises:
-      RuntimeError: if JAX cannot be started.
+      RecordError: if JAX cannot be started.
     """
-    done = subprocess.run(
-        [sys.executable, "-c", PROBE], capture_output=True, text=True, timeout=limit, check=False
-    )
-    if done.returncode:
-        raise RuntimeError(f"JAX finds no device:\n{done.stderr}")
+    command = [sys.executable, "-c", PROBE]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=limit, check=True)
+    except subprocess.TimeoutExpired:
+        raise RecordError(f"JAX finds no device within {limit:.0f} s") from None
+    except subprocess.CalledProcessError as error:
+        raise RecordError(f"JAX finds no device:\n{error.stderr}") from error
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 
@@ -196,26 +197,40 @@ def collect(folder: Path, results: Path) -> list[Path]:
     """Takes results that were brought back into the project; returns the files.
 
     Raises:
-      ValueError: if the folder holds no result, or one of a rehearsal.
+      RecordError: if the folder holds no result, a damaged file, or a result of a rehearsal.
+        Nothing is taken then.
     """
     records = [record for file in sorted(folder.glob("*.json")) for record in _read(file)]
     if not records:
-        raise ValueError(f"{folder} holds no results of experiments.accelerator")
+        raise RecordError(f"{folder} holds no results of experiments.accelerator")
     if rehearsed := [record["item"] for record in records if record["rehearsal"]]:
-        raise ValueError(f"{folder} holds results of a rehearsal: {', '.join(rehearsed)}")
+        raise RecordError(f"{folder} holds results of a rehearsal: {', '.join(rehearsed)}")
     files = []
     for record in records:
         file = results / slug(record["device"]["kind"]) / f"{record['item']}.json"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps([record]) + "\n")
+        with writing(file):
+            file.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(file, json.dumps([record]) + "\n")
         files.append(file)
     return files
 
 
 def _read(file: Path) -> list[dict[str, Any]]:
-    content = json.loads(file.read_text())
-    is_ours = isinstance(content, list) and all("item" in record for record in content)
-    return content if is_ours else []
+    """The results in a file.
+
+    Raises:
+      RecordError: if it is damaged, or holds something else.
+    """
+    try:
+        content: list[dict[str, Any]] = json.loads(file.read_bytes())
+        for record in content:
+            _ = record["item"], record["rehearsal"], record["device"]["kind"], record["result"]
+    except (OSError, ValueError, TypeError, LookupError) as error:
+        raise RecordError(
+            f"{file} holds no results of experiments.accelerator: {error!r}. Put a copy of it "
+            "back, or move it away"
+        ) from error
+    return content
 
 
 def parser() -> argparse.ArgumentParser:
@@ -227,11 +242,11 @@ def parser() -> argparse.ArgumentParser:
     )
     add = made.add_argument
     add("--minutes", type=float, default=8.0, help="that all may take together (%(default)s)")
-    add("--out", type=Path, default=Path("runs/accelerator"), metavar="DIR")
-    add("--data_dir", type=Path, default=Path("data"), help="of CIFAR-10 and MNIST (%(default)s)")
+    add("--out", default="runs/accelerator", metavar="DIR")
+    add("--data_dir", default="data", help="of CIFAR-10 and MNIST (%(default)s)")
     add("--rehearsal", action="store_true", help="all items at the smallest size, on any device")
     add("--items", help="the items to choose from, separated by commas; all unless given")
-    add("--collect", type=Path, metavar="DIR", help="take the results in DIR into the project")
+    add("--collect", metavar="DIR", help="take the results in DIR into the project")
     add("--results", type=Path, default=RESULTS, help=argparse.SUPPRESS)
     return made
 
@@ -241,23 +256,40 @@ def main(arguments: Sequence[str], items: Sequence[Item] = ITEMS) -> int:
     log_to_stderr()
     command_line = parser()
     options = command_line.parse_args(arguments)
-    if options.collect:
-        try:
-            print("\n".join(str(file) for file in collect(options.collect, options.results)))
-        except ValueError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
-        return 0
     chosen = options.items.split(",") if options.items else [item.name for item in items]
     if unknown := set(chosen) - {item.name for item in items}:
         known = ", ".join(item.name for item in items)
         command_line.error(f"unknown items {', '.join(sorted(unknown))}; there are: {known}")
-    options.out.mkdir(parents=True, exist_ok=True)
+    try:
+        for name in ("out", "data_dir"):
+            setattr(options, name, folder(f"--{name}", getattr(options, name)))
+        if options.collect is not None:
+            taken = collect(folder("--collect", options.collect), options.results)
+            print("\n".join(map(str, taken)))
+            return 0
+        return measure([item for item in items if item.name in chosen], options)
+    except (ConfigError, RecordError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def measure(items: Sequence[Item], options: argparse.Namespace) -> int:
+    """Does the items, prints a table of them, and returns an exit status.
+
+    Raises:
+      RecordError: if there is no device, or --out cannot be written or holds something else.
+    """
+    with writing(options.out):
+        options.out.mkdir(parents=True, exist_ok=True)
+    for group in {item.group for item in items}:
+        if (file := options.out / f"{group}.json").exists():
+            _read(file)  # so that nothing is measured in vain
     about = probe()
     log.info("%s, %s", about["kind"], about["versions"])
-    outcomes = work([item for item in items if item.name in chosen], about, options.out, options)
-    text = f"{about['kind']}\n{table(outcomes)}\n"
-    (options.out / "table.txt").write_text(text)
+    with writing(options.out):
+        outcomes = work(items, about, options.out, options)
+        text = f"{about['kind']}\n{table(outcomes)}\n"
+        (options.out / "table.txt").write_text(text)
     print(text)
     return 1 if any(outcome.is_failure for outcome in outcomes) else 0
 

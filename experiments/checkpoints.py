@@ -40,6 +40,7 @@ class Checkpoints:
         """
         self.folder = (workdir / "checkpoints").resolve()
         with self._using("opened"):
+            self.folder.mkdir(parents=True, exist_ok=True)
             self._checkpointer = ocp.training.Checkpointer(
                 self.folder,
                 # Whenever it is asked; by default what is asked while it still writes is left out.

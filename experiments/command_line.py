@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import enum
 import inspect
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -76,18 +77,47 @@ def parse(arguments: Sequence[str]) -> Run:
         that is left over.
     """
     named, others = _split(arguments)
+    _check_file(named)
     _check_names(arguments, _read(named)[0] if named else None)
     config, leftover, values = _read([*named, *others])  # ml_collections wants the file first
     if leftover:
         raise ConfigError(f"leftover arguments {leftover}: fields are set by --config.FIELD=VALUE")
     name, _, variant = config_flags.get_config_filename(values["config"]).partition(":")
     variant = variant or "default"
-    workdir = values.workdir or Path("runs", Path(name).stem, variant)
-    if "://" in str(workdir):
+    default = str(Path("runs", Path(name).stem, variant))
+    if "://" in (workdir := default if values.workdir is None else values.workdir):
         raise ConfigError(
             f"--workdir={workdir} must be a directory; mount the bucket, and give its mount point"
         )
-    return Run(config, Path(workdir), variant, tuple(arguments))
+    folder("--config.data_dir", config.data_dir)
+    return Run(config, folder("--workdir", workdir), variant, tuple(arguments))
+
+
+def folder(flag: str, text: str) -> Path:
+    """The path that a flag names, with the home directory in place of ~.
+
+    Raises:
+      ConfigError: if it is empty, as that of a shell variable that is not set, or there is no such
+        home directory.
+    """
+    if not text:
+        raise ConfigError(f"{flag}= is empty: name a directory, or leave the flag out")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"{flag}={text}: there is no such home directory") from error
+
+
+def _check_file(named: Sequence[str]) -> None:
+    """Refuses a config file that is not there; the message names the nearest that is."""
+    name = re.sub("^-*config=?", "", named[-1]) if named else ""
+    file = name.partition(":")[0]
+    if not file or os.path.isfile(file):
+        return  # whatever else is wrong is found where the file is read
+    what = "Is a directory" if os.path.isdir(file) else "No such file or directory"
+    places = {Path(file), Path(file).parent, Path("configs")}
+    known = {str(path) for place in places if os.path.isdir(place) for path in place.glob("*.py")}
+    raise ConfigError(f"--config={name}: {what}: '{file}'{hint(file, sorted(known))}")
 
 
 def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 from collections.abc import Mapping
@@ -87,12 +88,12 @@ def read_place(name: str) -> Place:
             raise ConfigError(f"--on={name} must have a process and a device at least")
         return Place(name, processes * each, processes > 1, task={}, processes=processes)
     read = {".yaml": _read_task, ".sh": _read_script}.get(Path(name).suffix)
-    if read is None or not Path(name).is_file():
+    if read is None or not os.path.isfile(name):
         places = ["local", "local:2x4", *sorted(map(str, FOLDER.glob("*.*")))]
         raise ConfigError(f"unknown place --on={name}{hint(name, places)}")
     try:
         return read(name, Path(name).read_text())
-    except ConfigError as error:
+    except (ConfigError, OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{name}: {error}") from error
 
 

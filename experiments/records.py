@@ -253,9 +253,7 @@ def go_on(workdir: Path, step: int, mesh: Mapping[str, int]) -> float:
     if not devices or {k: devices[-1][k] for k in here} != here:
         devices.append({"step": step, **here})
     _write_about(workdir, {**about, "devices": devices})
-    write_whole(
-        workdir / "metrics.jsonl", "".join(json.dumps(values) + "\n" for values in kept)
-    )
+    write_whole(workdir / "metrics.jsonl", "".join(json.dumps(values) + "\n" for values in kept))
     return float(kept[-1]["seconds"]) if kept else 0.0
 
 

@@ -25,6 +25,7 @@ from matplotlib.ticker import LogFormatter
 from tabulate import tabulate
 
 from experiments import records
+from experiments.command_line import ConfigError, folder
 from experiments.items import cost, numerics, resume
 from experiments.logs import log, log_to_stderr
 
@@ -87,9 +88,16 @@ def read(workdir: Path, name: str) -> History:
     """The history of one run directory, to be shown as `name`.
 
     Raises:
-      RecordError: if it holds no run, or no metrics yet.
+      RecordError: if it holds no run, or no metrics yet, or something in them lacks.
     """
-    return history(records.read_about(workdir), records.read_metrics(workdir), name)
+    about, lines = records.read_about(workdir), records.read_metrics(workdir)
+    try:
+        return history(about, lines, name)
+    except (ValueError, TypeError, LookupError) as error:
+        raise records.RecordError(
+            f"{workdir}: run.json and metrics.jsonl do not fit: {error!r} lacks or is wrong. Put a "
+            "copy of them back, or leave that directory out"
+        ) from error
 
 
 def read_accelerator(file: Path) -> tuple[list[History], list[str]]:
@@ -104,14 +112,12 @@ def read_accelerator(file: Path) -> tuple[list[History], list[str]]:
         for one in found:
             module, result = one["module"].rpartition(".")[2], one["result"]
             if module == "training":
-                runs = result["runs"].items()
-                histories += [
-                    history(run["about"], run["metrics"], f"{one['item']}/{name}")
-                    for name, run in runs
-                ]
+                for name, run in result["runs"].items():
+                    records.check_about(run["about"], f"{file}, {one['item']}/{name}")
+                    histories.append(history(run["about"], run["metrics"], f"{one['item']}/{name}"))
             else:
                 texts.append(f"{one['item']} ({one['device']['kind']})\n{TABLES[module](result)}")
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
         raise records.RecordError(
             f"{file} holds no results of experiments.accelerator: {error!r}"
         ) from error
@@ -370,35 +376,46 @@ def main(arguments: Sequence[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run directory")
-    parser.add_argument("--out", type=Path, default=Path("runs/report"), metavar="DIR")
+    parser.add_argument("--out", default="runs/report", metavar="DIR")
     options = parser.parse_args(arguments)
     plt.switch_backend("agg")
     files = [run for run in options.runs if run.suffix == ".json"]
     directories = [run for run in options.runs if run not in files]
     try:
+        out = folder("--out", options.out)
         histories = read_all(directories) if directories else []
         for file in files:
             more, texts = read_accelerator(file)
             histories += more
             print(*texts, sep="\n\n")
         check_comparable(histories)
-    except records.RecordError as error:
+    except (records.RecordError, ConfigError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if not histories:
         return 0
     text = f"{table(histories)}\n\n{FOOTNOTE}\n{conditions(histories)}\n"
     print(text)
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "table.md").write_text(text)
-    (options.out / "results.json").write_text(json.dumps(results(histories)) + "\n")
-    pictures = ["curves.png", "norms.png"]
-    draw_curves(histories, options.out / "curves.png")
-    draw_norms(histories, options.out / "norms.png")
-    if draw_learning_rates(histories, options.out / "learning_rates.png"):
-        pictures.append("learning_rates.png")
-    print(f"pictures and numbers: {options.out.resolve()} ({', '.join(pictures)})")
+    try:
+        pictures = write(histories, text, out)
+    except OSError as error:
+        print(f"error: {out} cannot be written: {error}; choose another --out", file=sys.stderr)
+        return 2
+    print(f"pictures and numbers: {out.resolve()} ({', '.join(pictures)})")
     return 0
+
+
+def write(histories: Sequence[History], text: str, out: Path) -> list[str]:
+    """Puts the table, the numbers and the pictures into a directory; returns the pictures."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "table.md").write_text(text)
+    (out / "results.json").write_text(json.dumps(results(histories)) + "\n")
+    pictures = ["curves.png", "norms.png"]
+    draw_curves(histories, out / "curves.png")
+    draw_norms(histories, out / "norms.png")
+    if draw_learning_rates(histories, out / "learning_rates.png"):
+        pictures.append("learning_rates.png")
+    return pictures
 
 
 if __name__ == "__main__":

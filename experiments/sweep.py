@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from experiments import records
 from experiments.apart import train_apart
-from experiments.command_line import ConfigError, Run, parse, shell_value
+from experiments.command_line import MISTAKES, ConfigError, Run, folder, parse, shell_value
 from experiments.interrupts import Interrupts
 from experiments.logs import log, log_to_stderr
 
@@ -72,8 +72,8 @@ def entries(arguments: Sequence[str]) -> list[Entry]:
     name, _, only = named[0].removeprefix("--config=").partition(":")
     folders = [a.removeprefix("--workdir=") for a in arguments if a.startswith("--workdir=")]
     common = [a for a in arguments if a not in named and not a.startswith("--workdir=")]
-    folder = Path(folders[-1]) if folders else Path("runs", Path(name).stem)
-    found = [_entry(name, changes, common, folder) for changes in _sweep(name, only)]
+    where = folder("--workdir", folders[-1]) if folders else Path("runs", Path(name).stem)
+    found = [_entry(name, changes, common, where) for changes in _sweep(name, only)]
     directories = [entry.run.workdir for entry in found]
     if twice := {str(one) for one in directories if directories.count(one) > 1}:
         raise ConfigError(f"the sweep of {name} has a run twice: {', '.join(sorted(twice))}")
@@ -102,13 +102,16 @@ def _sweep(name: str, only: str) -> Iterable[Mapping[str, Any]]:
     spec.loader.exec_module(module)
     if not hasattr(module, "sweep"):
         raise ConfigError(f"{name} has no sweep: add `def sweep()`, which yields dicts of fields")
-    chosen = [one for one in module.sweep() if fnmatchcase(one.get("variant", ""), only or "*")]
+    try:
+        chosen = [x for x in module.sweep() if fnmatchcase(x.get("variant", ""), only or "*")]
+    except MISTAKES as error:
+        raise ConfigError(f"the sweep of {name} must yield dicts of fields: {error!r}") from error
     if not chosen:
         raise ConfigError(f"the sweep of {name} has no run of the variant {only!r}")
     return chosen
 
 
-def _entry(name: str, changes: Mapping[str, Any], common: Sequence[str], folder: Path) -> Entry:
+def _entry(name: str, changes: Mapping[str, Any], common: Sequence[str], where: Path) -> Entry:
     set_for_all = {argument.partition("=")[0] for argument in common}
     fields = {
         field: shell_value(value)
@@ -117,7 +120,7 @@ def _entry(name: str, changes: Mapping[str, Any], common: Sequence[str], folder:
     }
     variant = changes.get("variant", "")
     short = [f"{field.rsplit('.', maxsplit=1)[-1]}={value}" for field, value in fields.items()]
-    workdir = folder / "-".join([variant or "default", *short])
+    workdir = where / "-".join([variant or "default", *short])
     arguments = [
         f"--config={name}:{variant}" if variant else f"--config={name}",
         *(f"--config.{field}={value}" for field, value in fields.items()),

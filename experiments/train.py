@@ -64,7 +64,7 @@ def train(run: Run) -> bool:
         log.info("%s is finished", workdir)
         return True
     with directory(run):
-        with cluster.together():
+        with cluster.together(), records.writing(workdir / "tensorboard"):
             board = Board(workdir if config.tensorboard and cluster.is_first() else None)
         programs = Programs(config, data)
         with (
@@ -158,7 +158,7 @@ def begin(
     config, states = programs.config, programs.init()
     if config.weight_norm:
         log.info("the first of %d networks:\n%s", config.seeds, programs.summary(states))
-    step, states = last_states(programs, checkpoints, workdir, states)
+    step, states = last_states(checkpoints, workdir, states, config.steps_per_eval)
     with cluster.together():
         first, mesh = cluster.is_first(), programs.mesh.shape
         seconds = records.go_on(workdir, step or 0, mesh) if first else 0.0
@@ -178,7 +178,7 @@ def begin(
 
 
 def last_states(
-    programs: Programs, checkpoints: Checkpoints, workdir: Path, states: State
+    checkpoints: Checkpoints, workdir: Path, states: State, steps_per_eval: int
 ) -> tuple[int | None, State]:
     """The last states that a run can go on from, and their step; what is given without any.
 
@@ -187,16 +187,15 @@ def last_states(
     Raises:
       RecordError: if there are checkpoints, and none is such a one.
     """
-    steps, size = checkpoints.steps(), programs.config.steps_per_eval
     with cluster.together():
-        recorded = records.recorded(workdir, size) if cluster.is_first() else 0
-    recorded, reasons = cluster.of_first(recorded), []
-    for step in reversed(steps):
+        found = records.recorded(workdir, steps_per_eval) if cluster.is_first() else 0
+    lacking, reasons = cluster.of_first(found) + steps_per_eval, []
+    for step in reversed(checkpoints.steps()):
         try:
-            if step >= recorded + size:
+            if step >= lacking:
                 raise records.RecordError(
-                    f"the evaluation of step {recorded + size}, before the checkpoint of step "
-                    f"{step}, is not in {workdir / 'metrics.jsonl'}"
+                    f"the evaluation of step {lacking}, before the checkpoint of step {step}, is "
+                    f"not in {workdir / 'metrics.jsonl'}"
                 )
             with cluster.together():
                 states = checkpoints.restore(states, step)
@@ -207,8 +206,8 @@ def last_states(
             return step, states
     if reasons:
         raise records.RecordError(
-            f"{workdir} cannot be gone on with: {'; '.join(reasons)}. Put a copy of the files back, "
-            f"or delete {workdir} to begin anew"
+            f"{workdir} cannot be gone on with: {'; '.join(reasons)}. Put a copy of the files "
+            f"back, or delete {workdir} to begin anew"
         )
     return None, states
 

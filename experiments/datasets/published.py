@@ -9,8 +9,12 @@ MNIST      DIR/mnist/{train,t10k}-{images-idx3,labels-idx1}-ubyte.gz: gzipped ID
 from __future__ import annotations
 
 import gzip
+import math
+import os
+import struct
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -113,11 +117,16 @@ def mnist(folder: Path, downloads: tuple[Download, ...] = MNIST_DOWNLOADS) -> Da
 
 
 def provenance(folder: Path, sums: Mapping[str, str]) -> str:
-    """Whether the files in `folder` are the published ones, by their SHA-256."""
-    if not all((folder / file).is_file() for file in sums):
+    """Whether the files in `folder` are the published ones, by their SHA-256.
+
+    Raises:
+      DataError: if a file cannot be read.
+    """
+    if not all(os.path.isfile(folder / file) for file in sums):
         return "to be downloaded"
-    if all(pooch.file_hash(folder / file, alg="sha256") == sums[file] for file in sums):
-        return "the published files"
+    with _reading():
+        if all(pooch.file_hash(folder / file, alg="sha256") == sums[file] for file in sums):
+            return "the published files"
     return "not the published files (their SHA-256 differ): compare variants, not with the paper"
 
 
@@ -128,7 +137,7 @@ def fetch(folder: Path, downloads: tuple[Download, ...]) -> None:
       DataError: if something cannot be had, or is not what it should be.
     """
     for download in downloads:
-        if all((folder / file).is_file() for file in download.files):
+        if all(os.path.isfile(folder / file) for file in download.files):
             continue
         log.info("downloading %s to %s", download.url, folder)
         target = folder if download.archive else (folder / download.files[0]).parent
@@ -149,16 +158,28 @@ def fetch(folder: Path, downloads: tuple[Download, ...]) -> None:
             ) from error
 
 
+@contextmanager
+def _reading() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"data cannot be read: {error}. Make it readable, or name another directory with "
+            "--config.data_dir"
+        ) from error
+
+
 def read_cifar10(file: Path, records: int = 10_000) -> tuple[np.ndarray, np.ndarray]:
     """Images (n, 32, 32, 3) and labels (n,), both uint8, of one file.
 
     Raises:
       DataError: if it is not a file of so many records with labels from 0 to 9.
     """
-    size, expected = file.stat().st_size, records * 3073
-    if size != expected:
+    with _reading():
+        content = np.fromfile(file, np.uint8)
+    if (size := len(content)) != (expected := records * 3073):
         raise DataError(f"{file} has {size} bytes instead of {expected}; delete it to fetch it")
-    rows = np.fromfile(file, np.uint8).reshape(records, 3073)
+    rows = content.reshape(records, 3073)
     if (highest := rows[:, 0].max()) > 9:
         raise DataError(f"{file} holds the label {highest}; it is no file of CIFAR-10's")
     return rows[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), rows[:, 0]
@@ -170,16 +191,22 @@ def read_idx(file: Path) -> np.ndarray:
     Raises:
       DataError: if it is truncated, damaged, or something else.
     """
+    with _reading():
+        compressed = file.read_bytes()
     try:
-        content = gzip.decompress(file.read_bytes())
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        content = gzip.decompress(compressed)
+    except (EOFError, gzip.BadGzipFile, zlib.error, struct.error) as error:
         raise DataError(f"{file} is damaged ({error}); delete it to fetch it again") from error
     if len(content) < 4 or content[:3] != b"\0\0\x08":
         raise DataError(f"{file} is no IDX file of bytes: it begins with {content[:4]!r}")
-    rank = content[3]
+    rank, start = content[3], 4 + 4 * content[3]
+    if not 1 <= rank <= 3 or len(content) < start:  # 3 is that of images
+        raise DataError(
+            f"{file} is damaged: its header says {rank} dimensions, of 1 to 3, and it has "
+            f"{len(content)} bytes; delete it to fetch it again"
+        )
     shape = tuple(np.frombuffer(content, ">u4", rank, offset=4).tolist())
-    start = 4 + 4 * rank
-    if len(content) - start != (expected := int(np.prod(shape))):
+    if len(content) - start != (expected := math.prod(shape)):
         raise DataError(f"{file} has {len(content) - start} values, not {expected} as it says")
     return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
 

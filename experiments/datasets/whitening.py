@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import zlib
 from pathlib import Path
 from typing import NamedTuple
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -53,9 +56,12 @@ def fit_once(images: np.ndarray, folder: Path) -> Whitening:
     """`fit`, kept in a file in `folder` whose name tells the images that it belongs to."""
     digest = hashlib.sha256(np.ascontiguousarray(images).data).hexdigest()[:16]
     file = folder / f"whitening-{digest}.npz"
-    if file.is_file():
-        with np.load(file) as arrays:
-            return Whitening(arrays["mean"], arrays["matrix"])
+    if os.path.isfile(file):
+        try:
+            with np.load(file) as arrays:
+                return Whitening(arrays["mean"], arrays["matrix"])
+        except (OSError, EOFError, ValueError, KeyError, BadZipFile, zlib.error) as error:
+            log.warning("%s cannot be read, and the whitening is fitted again: %r", file, error)
     log.info("fitting the whitening to %d images, once: %s", len(images), file)
     whitening = fit(images)
     part = file.with_suffix(".part.npz")

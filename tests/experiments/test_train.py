@@ -1,7 +1,9 @@
 """Whole runs: recorded, interrupted at any point and gone on with, stopped where they fail."""
 
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -17,11 +19,13 @@ from experiments.command_line import ConfigError, parse
 from experiments.config import VARIANTS
 from experiments.datasets import DataError
 from experiments.datasets.digits import digits
+from experiments.interrupts import Interrupts
 from experiments.items.resume import like_the_last_states
 from experiments.train import load, main
 from experiments.trainer import Trainer
 from tests.experiments import processes
 from tests.experiments.test_config import CONFIGS
+from tests.experiments.test_records import on_disk
 
 DIGITS = "--config=configs/digits.py"
 TINY = ["--config.steps=4", "--config.steps_per_eval=2", "--config.steps_per_call=1"]
@@ -115,6 +119,130 @@ def test_other_devices_go_on_with_a_run(cache, tmp_path):
 
 
 OTHERS = [path for path in CONFIGS if path.stem != "digits"]  # which is done above
+
+
+LONGER = [f"{DIGITS}:plain", *TINY, "--config.steps=8", "--config.evals_per_save=1"]
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """A run from its begin to its end, and one that was asked to stop at step 6."""
+    folder = tmp_path_factory.mktemp("stopped")
+    with pytest.MonkeyPatch.context() as patch, jax.numpy_dtype_promotion("standard"):
+        assert main([*LONGER, f"--workdir={folder / 'whole'}"]) == 0
+        patch.setattr(Interrupts, "stops_at", lambda self, step: step >= 6)
+        assert main([*LONGER, f"--workdir={folder / 'begun'}"]) == 0
+    return folder
+
+
+@pytest.fixture
+def begun(stopped, tmp_path):
+    """A copy of the one that was asked to stop."""
+    shutil.copytree(stopped / "begun", tmp_path / "begun")
+    return tmp_path / "begun"
+
+
+def test_a_second_process_is_refused_and_the_first_not_disturbed(begun, stopped, capsys):
+    arguments = [*LONGER, f"--workdir={begun}"]
+    with records.opened(parse(arguments)):
+        before = on_disk(begun)
+        assert main(arguments) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: {begun} is in use by process {os.getpid()} on ")
+        assert error.count("\n") == 1
+        assert on_disk(begun) == before
+    assert main(arguments) == 0
+    assert_same_outcome(LONGER, begun, stopped / "whole")
+
+
+def test_a_run_goes_on_from_the_checkpoint_before_one_that_is_damaged(begun, stopped, capfd):
+    """Of bits alone, which Orbax does not see; and with the last line of the metrics cut off."""
+    (data,) = (begun / "checkpoints/6/state/ocdbt.process_0/d").iterdir()
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 1
+    data.write_bytes(content)
+    metrics = begun / "metrics.jsonl"
+    metrics.write_text(metrics.read_text()[:-99])
+    assert main([*LONGER, f"--workdir={begun}"]) == 0
+    err = capfd.readouterr().err
+    assert f"{metrics}: the last line, 3, was cut off and is left out" in err
+    assert "going on from an earlier step than 6: " in err
+    assert "going on from step 4" in err
+    assert "Traceback" not in err
+    assert_same_outcome(LONGER, begun, stopped / "whole")
+
+
+@pytest.mark.parametrize("damage", ["line", "checkpoints"])
+def test_a_run_that_cannot_go_on_is_left_as_it_is(damage, begun, capsys):
+    if damage == "line":
+        metrics = begun / "metrics.jsonl"
+        first, second, third = metrics.read_text().splitlines(keepends=True)
+        metrics.write_text(first + second[:40] + "\n" + third)
+        text = f"error: {metrics} cannot be read: line 2 is damaged ("
+    else:
+        for step in (4, 6):
+            (begun / f"checkpoints/{step}/state/_METADATA").unlink()
+        text = f"error: {begun} cannot be gone on with: the checkpoint {begun}/checkpoints/6 cannot"
+    before = on_disk(begun)
+    assert main([*LONGER, f"--workdir={begun}"]) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    assert len(errors) == 1
+    assert errors[0].startswith(text)
+    after = on_disk(begun)
+    assert {name: x for name, x in after.items() if name != "run.lock"} == {
+        name: x for name, x in before.items() if name != "run.lock"
+    }
+
+
+LIMITED = """
+import resource, sys
+from experiments.train import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (4_000, resource.RLIM_INFINITY))
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_disk_that_is_full_is_told_and_the_run_goes_on_later(begun, stopped, tmp_path):
+    """Files of a limited size stand in for the disk."""
+    arguments = [*LONGER, f"--workdir={begun}"]
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", LIMITED, *arguments],
+        env={**os.environ, "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr
+    assert re.search(r"^error: .* cannot be written: .*File too large", done.stderr, re.MULTILINE)
+    assert "free space on the disk" in done.stderr
+    assert main(arguments) == 0
+    assert_same_outcome(LONGER, begun, stopped / "whole")
+
+
+@pytest.mark.parametrize(
+    ("workdir", "text"),
+    [
+        ("x" * 300, "cannot be made: [Errno 36] File name too long"),
+        ("", "--workdir= is empty: name a directory, or leave the flag out"),
+        ("~nobody-9/run", "--workdir=~nobody-9/run: there is no such home directory"),
+        ("file/run", "cannot be made: [Errno 20] Not a directory"),
+    ],
+    ids=["long", "empty", "no home", "in a file"],
+)
+def test_directories_that_cannot_be(workdir, text, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("experiments.train.load", lambda config: digits())
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "file").write_text("")
+    where = workdir and (workdir if workdir.startswith("~") else f"{tmp_path}/{workdir}")
+    assert main([f"{DIGITS}:plain", f"--workdir={where}"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert text in error
+
+
+def test_the_home_directory_stands_for_a_tilde(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert parse([DIGITS, "--workdir=~/run"]).workdir == tmp_path / "run"
 
 
 @pytest.mark.parametrize("path", OTHERS, ids=lambda path: path.stem)
