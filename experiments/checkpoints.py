@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
 from experiments import records
-from experiments.cluster import fetch, is_first
+from experiments.cluster import fetch, is_first, together
 from experiments.logs import log
 
 KEPT = 2
@@ -93,18 +93,14 @@ class Checkpoints:
 
         Raises:
           CheckpointError: if the checkpoint is damaged.
+          ClusterError: if another process cannot restore its part.
         """
         abstract = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
         )
         step = self.latest() if step is None else step
-        # Orbax raises errors of many types, according to the file that is damaged.
-        try:
-            state = self._checkpointer.load(step, abstract)
-        except Exception as error:
-            raise CheckpointError(
-                f"the checkpoint {self.folder / str(step)} cannot be restored: {_reason(error)}"
-            ) from error
+        with together():
+            state = self._load(self.folder / str(step), abstract)
         digests = self._digests.get(str(step))  # none of checkpoints of older versions
         if digests is not None and digests != _digests(state):
             raise CheckpointError(
@@ -113,17 +109,30 @@ class Checkpoints:
             )
         return state
 
+    def _load(self, folder: Path, abstract: Any) -> Any:
+        me = jax.process_index()
+        # A process that waited in Orbax for one that fails would wait for ever.
+        alone = ocp.options.MultiprocessingOptions(
+            primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"process_{me}"
+        )
+        try:
+            with ocp.Context(multiprocessing_options=alone):
+                return ocp.load(folder, abstract, checkpointable_name="state")
+        except Exception as error:  # of many types, according to the file that is damaged
+            raise CheckpointError(
+                f"the checkpoint {folder} cannot be restored: {_reason(error)}"
+            ) from error
+
     def go_on_from(self, step: int) -> None:
         """Sets later checkpoints aside, in `damaged/`, so that their steps can be saved again."""
-        later = [one for one in self.steps() if one > step]
-        if later and is_first():
-            aside = self.folder.parent / "damaged"
-            with self._using("set aside"):
-                aside.mkdir(exist_ok=True)
-                for one in later:
-                    number = sum(1 for _ in aside.glob(f"{one}.*"))
-                    (self.folder / str(one)).rename(aside / f"{one}.{number}")
+        later, aside = [one for one in self.steps() if one > step], self.folder.parent / "damaged"
         if later:
+            with together(), self._using("set aside"):
+                if is_first():
+                    aside.mkdir(exist_ok=True)
+                    for one in later:
+                        number = sum(1 for _ in aside.glob(f"{one}.*"))
+                        (self.folder / str(one)).rename(aside / f"{one}.{number}")
             self._checkpointer.reload()
         self._saved = step
 

@@ -110,7 +110,7 @@ def folder(flag: str, text: str) -> Path:
 
 def _check_file(named: Sequence[str]) -> None:
     """Refuses a config file that is not there; the message names the nearest that is."""
-    name = re.sub("^-*config=?", "", named[-1]) if named else ""
+    name = re.sub("^-+config(=|$)", "", named[-1]) if named else ""
     file = name.partition(":")[0]
     if not file or os.path.isfile(file):
         return  # whatever else is wrong is found where the file is read

@@ -197,8 +197,7 @@ def last_states(
                     f"the evaluation of step {lacking}, before the checkpoint of step {step}, is "
                     f"not in {workdir / 'metrics.jsonl'}"
                 )
-            with cluster.together():
-                states = checkpoints.restore(states, step)
+            states = checkpoints.restore(states, step)
         except (records.RecordError, CheckpointError, cluster.ClusterError) as error:
             reasons.append(str(error))
             log.warning("going on from an earlier step than %d: %s", step, error)

@@ -58,7 +58,7 @@ def fit_once(images: np.ndarray, folder: Path) -> Whitening:
     file = folder / f"whitening-{digest}.npz"
     if os.path.isfile(file):
         try:
-            with np.load(file) as arrays:
+            with file.open("rb") as opened, np.load(opened) as arrays:
                 return Whitening(arrays["mean"], arrays["matrix"])
         except (OSError, EOFError, ValueError, KeyError, BadZipFile, zlib.error) as error:
             log.warning("%s cannot be read, and the whitening is fitted again: %r", file, error)

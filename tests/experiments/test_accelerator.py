@@ -138,6 +138,58 @@ def test_rehearsals_and_empty_folders_are_not_collected(tmp_path, device, capsys
     assert not (tmp_path / "results").exists()
 
 
+RECORD = {"item": "works", "rehearsal": False, "device": {"kind": "H100"}, "result": {}}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\xff\xfe\x00\x80",
+        b"",
+        b"3",
+        b"[3]",
+        b'{"item": "works"}',
+        *(json.dumps([{k: x for k, x in RECORD.items() if k != name}]).encode() for name in RECORD),
+    ],
+)
+def test_a_damaged_file_is_told_before_anything_is_measured_or_taken(
+    content, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(accelerator, "probe", lambda: pytest.fail("it began"))
+    file = tmp_path / "out/failing.json"
+    file.parent.mkdir()
+    (tmp_path / "out/a.json").write_text(json.dumps([RECORD]))
+    file.write_bytes(content)
+    for argument in ("--minutes=5", f"--collect={tmp_path / 'out'}"):
+        assert main(tmp_path, argument, items=[Item("works", "failing", FAILING, 60)]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: {file} holds no results of experiments.accelerator: ")
+    assert file.read_bytes() == content
+    assert not (tmp_path / "results").exists()
+
+
+def test_directories_that_cannot_be(tmp_path, device, capsys):
+    (tmp_path / "file").write_text("")
+    for argument, text in (
+        (f"--out={tmp_path / 'file'}", "file cannot be written: File exists"),
+        (f"--out={tmp_path / ('x' * 300)}", "cannot be written: File name too long"),
+        ("--out=", "--out= is empty: name a directory"),
+        ("--data_dir=~nobody-9", "--data_dir=~nobody-9: there is no such home directory"),
+        ("--collect=", "--collect= is empty"),
+        (f"--collect={tmp_path / 'none'}", "none holds no results of experiments.accelerator"),
+    ):
+        assert main(tmp_path, argument, items=[]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ")
+        assert text in error
+
+
+def test_without_a_device(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(accelerator, "PROBE", "raise SystemExit('none here')")
+    assert main(tmp_path, items=[]) == 2
+    assert capsys.readouterr().err == "error: JAX finds no device:\nnone here\n\n"
+
+
 def test_a_misspelled_item_is_told(tmp_path, device, capsys):
     with pytest.raises(SystemExit):
         main(tmp_path, "--items=numeric")

@@ -1,6 +1,8 @@
 """Two processes of four virtual devices each: what one has, and how they end together."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 
@@ -12,6 +14,7 @@ from experiments.checkpoints import Checkpoints
 from experiments.cluster import ClusterError, join
 from experiments.command_line import ConfigError
 from experiments.config import Cluster, Config, Mesh, Start
+from experiments.locks import hold
 from experiments.placement import claim_devices
 from experiments.tasks.classification import Digits
 from tests.experiments.losses import CONFIGS, FORMS, losses
@@ -106,6 +109,34 @@ def test_a_mistake_of_one_stops_all(cache, tmp_path):
     assert (first.returncode, second.returncode) == (2, 2)
     assert first.stderr.endswith("error: process 1 failed; what it printed says why\n")
     assert "file is not seen by all processes: give a --workdir that all" in second.stderr
+
+
+def test_a_directory_that_is_in_use_is_refused_by_all(cache, tmp_path):
+    """Of two processes of one run, the first one alone holds the lock."""
+    steps = (*ARGUMENTS, "--config.steps=8", f"--workdir={tmp_path}")
+    with hold(tmp_path):
+        first, second = run_two(TRAIN, steps, cache=cache)
+    assert (first.returncode, second.returncode) == (2, 2)
+    assert f"error: {tmp_path} is in use by process {os.getpid()} on " in first.stderr
+    assert second.stderr.endswith("error: process 0 failed; what it printed says why\n")
+    assert [file.name for file in tmp_path.iterdir()] == ["run.lock"]
+
+
+def test_both_go_on_from_the_checkpoint_before_one_that_is_damaged(cache, tmp_path, monkeypatch):
+    """Of which the second process alone has lost its part."""
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    steps = (*ARGUMENTS, "--config.steps=8", "--config.mesh.data=1", "--config.mesh.fsdp=8")
+    steps += ("--config.task.widths=(64,)",)  # small arrays are in one file of both
+    whole, run = (f"--workdir={tmp_path / name}" for name in ("whole", "run"))
+    for done in run_two(TRAIN, [*steps, whole], cache=cache):
+        assert done.returncode == 0, done.stderr
+    shutil.copytree(tmp_path / "whole", tmp_path / "run")
+    (tmp_path / "run/outcome.txt").unlink()  # as if they had been killed before
+    shutil.rmtree(tmp_path / "run/checkpoints/8/state/ocdbt.process_1/d")
+    first, second = run_two(TRAIN, [*steps, run], cache=cache)
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
+    assert "going on from step 6" in first.stderr
+    assert_same_outcome(steps, tmp_path / "whole", tmp_path / "run")
 
 
 def test_a_process_that_should_not_be_alone_stops(monkeypatch):

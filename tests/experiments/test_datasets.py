@@ -101,14 +101,53 @@ def test_a_batch_with_a_wrong_label(tmp_path):
         (b"no gzip", "is damaged"),
         (gzip.compress(b"\0\0\x0d\x01\0\0\0\x02ab"), "is no IDX file of bytes"),
         (gzip.compress(b"\0\0\x08\x01\0\0\0\x03ab"), "has 2 values, not 3 as it says"),
+        (gzip.compress(b"\0\0\x08\x03")[:5], "is damaged"),
+        (gzip.compress(b"\0\0\x08\x03\0\0\0\x02\0"), "says 3 dimensions, .* has 9 bytes"),
+        (gzip.compress(b"\0\0\x08\xff" + bytes(4 * 255)), "says 255 dimensions, of 1 to 3"),
+        (gzip.compress(b"\0\0\x08\0ab"), "says 0 dimensions, of 1 to 3"),
+        (gzip.compress(b"\0\0\x08\x03" + b"\xff" * 12), "has 0 values, not 792281624589"),
+        (b"", "is no IDX file of bytes|is damaged"),
     ],
-    ids=["cut off", "no gzip", "other type", "other length"],  # gzip's bytes hold the time of day
+    ids=[  # gzip's bytes hold the time of day
+        *("cut off", "no gzip", "other type", "other length", "cut in gzip's header"),
+        *("cut in its header", "rank 255", "rank 0", "sizes beyond 64 bits", "empty"),
+    ],
 )
 def test_damaged_idx_files(content, text, tmp_path):
     file = tmp_path / "images.gz"
     file.write_bytes(content)
     with pytest.raises(DataError, match=text):
         published.read_idx(file)
+
+
+@pytest.mark.parametrize("length", range(24))
+def test_a_gzip_file_that_is_cut_anywhere(length, tmp_path):
+    whole = gzip.compress(b"\0\0\x08\x01\0\0\0\x02ab", mtime=0)
+    assert len(whole) > 24
+    (tmp_path / "images.gz").write_bytes(whole[:length])
+    with pytest.raises(DataError, match=r"images\.gz is (damaged|no IDX file)"):
+        published.read_idx(tmp_path / "images.gz")
+
+
+def test_files_that_cannot_be_read(tmp_path, monkeypatch):
+    """A directory in place of a file, a name that is too long, and a file of somebody else."""
+    (tmp_path / "images.gz").mkdir()
+    for read in (published.read_idx, published.read_cifar10):
+        with pytest.raises(DataError, match=r"cannot be read: .*images\.gz.*--config\.data_dir"):
+            read(tmp_path / "images.gz")
+    folder = tmp_path / ("x" * 300)
+    assert published.provenance(folder, MNIST) == "to be downloaded"
+    download = Download("http://127.0.0.1:9/digits.gz", "0", ("mnist/digits.gz",))
+    with pytest.raises(DataError, match=r"cannot be had: .*File name too long"):
+        published.fetch(folder, (download,))
+
+    def refuse(file, alg):
+        raise PermissionError(13, "Permission denied", str(file))
+
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("pooch.file_hash", refuse)
+    with pytest.raises(DataError, match=r"cannot be read: .*Permission denied: .*file"):
+        published.provenance(tmp_path, {"file": "0"})
 
 
 def test_mnist_files_of_another_count_or_label(data_dir, tmp_path):
@@ -205,6 +244,19 @@ def test_whitening_that_cannot_be_kept_is_fitted_all_the_same(tmp_path, caplog):
         found = whitening.fit_once(images, file / "folder")
     np.testing.assert_array_equal(found.matrix, whitening.fit(images).matrix)
     assert "it cannot be kept for the next time: " in caplog.text
+
+
+@pytest.mark.parametrize("content", [b"", b"no archive", b"PK\x03\x04" + bytes(40)])
+def test_whitening_that_is_damaged_is_fitted_again(content, tmp_path, caplog):
+    images = np.arange(48, dtype=np.uint8).reshape(6, 2, 2, 2)
+    whole = whitening.fit_once(images, tmp_path)
+    (file,) = tmp_path.iterdir()
+    file.write_bytes(content)
+    again = whitening.fit_once(images, tmp_path)
+    np.testing.assert_array_equal(again.matrix, whole.matrix)
+    assert f"{file} cannot be read, and the whitening is fitted again" in caplog.text
+    with np.load(file) as arrays:
+        np.testing.assert_array_equal(arrays["matrix"], whole.matrix)
 
 
 def test_text_is_cut_into_pieces_that_overlap_by_a_byte(tmp_path):

@@ -151,6 +151,15 @@ def test_no_task_file(text, tmp_path):
         read_place(str(tmp_path / "place.yaml"))
 
 
+def test_a_place_that_cannot_be_read(tmp_path):
+    for name in ("place.yaml", "place.sh"):
+        (tmp_path / name).write_bytes(b"\xff\xfe\x00\x80")
+        with pytest.raises(ConfigError, match=rf"{name}: 'utf-8' codec can't decode byte"):
+            read_place(str(tmp_path / name))
+    with pytest.raises(ConfigError, match="unknown place"):
+        read_place(f"{'x' * 300}.yaml")
+
+
 @pytest.mark.parametrize(
     ("old", "new", "text"),
     [
@@ -173,6 +182,8 @@ def test_a_script_with_a_mistake(old, new, text, tmp_path):
         ([DIGITS], "--on=PLACE is missing, such as --on=configs/launch/tpu-v5e-8.yaml"),
         (["--config=configs/digits.py:weight_nrm", "--on=local"], "did you mean weight_norm?"),
         ([DIGITS, "--on=local", "--config.sede=1"], "did you mean --config.seed?"),
+        (["--config=configs/digts.py", "--on=local"], "did you mean configs/digits.py?"),
+        ([DIGITS, "--on=local", "--workdir="], "--workdir= is empty: name a directory"),
         ([DIGITS, "--on=loca"], "unknown place --on=loca; did you mean local?"),
         ([DIGITS, "--on=configs/launch/tpu-v5e8.yaml"], "did you mean configs/launch/tpu-v5e-8.y"),
         ([DIGITS, "--on=local:0x4"], "must have a process and a device at least"),

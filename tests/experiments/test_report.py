@@ -144,6 +144,42 @@ def test_a_directory_without_a_run(tmp_path, capsys):
     assert capsys.readouterr().err == text
 
 
+def test_a_damaged_run_is_told(runs, tmp_path, capsys):
+    about = (runs[0] / "run.json").read_bytes()
+    metrics = (runs[0] / "metrics.jsonl").read_text()
+    for name, content, text in (
+        ("run.json", "[]", "run.json must hold an object, not []; put a copy of it back"),
+        ("run.json", about.replace(b'"error"', b'"eror"').decode(), "do not fit: KeyError('eror')"),
+        ("run.json", about.replace(b'"devices"', b'"dev"').decode(), "run.json has no devices"),
+        ("metrics.jsonl", metrics.replace("test_error", "test"), "KeyError('test_error')"),
+        ("metrics.jsonl", metrics.replace("norms", "norm"), "KeyError('norms') lacks or is wrong"),
+        ("metrics.jsonl", "{" + metrics, "metrics.jsonl cannot be read: line 1 is damaged"),
+    ):
+        whole = (runs[0] / name).read_bytes()
+        (runs[0] / name).write_text(content)
+        assert report.main([*map(str, runs), f"--out={tmp_path / 'report'}"]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: {runs[0]}")
+        assert text in error
+        (runs[0] / name).write_bytes(whole)
+    assert not (tmp_path / "report").exists()
+
+
+def test_where_a_report_cannot_go(runs, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    for out, text in (
+        (tmp_path / "file", "file cannot be written: "),
+        (tmp_path / ("x" * 300), "File name too long"),
+        ("", "--out= is empty: name a directory"),
+    ):
+        assert report.main([str(runs[0]), f"--out={out}"]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ")
+        assert text in error
+    assert report.main([str(tmp_path / ("x" * 300))]) == 2
+    assert "run.json cannot be read: [Errno 36] File name too long" in capsys.readouterr().err
+
+
 def test_runs_with_different_metrics(runs, tmp_path, capsys):
     workdir = tmp_path / "text"
     records.create(Run(Config(task=CharLm()), workdir, "plain", ()))

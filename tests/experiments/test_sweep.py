@@ -144,6 +144,8 @@ def test_a_sweep_that_is_asked_to_stop_saves_its_run(file, tmp_path):
         ('"seed": seed', '"steps": -1', "steps must be positive, got -1"),
         ('"seed": seed', '"seed": 3', "has a run twice: "),
         ("def sweep", "def swep", "has no sweep: add `def sweep()`"),
+        ("in (0, 1)", "in sedes", "must yield dicts of fields: NameError"),
+        ('yield {"variant": "b", "optimizer.learning_rate": 0.5}', "yield 3", "must yield dicts"),
     ],
 )
 def test_a_mistake_anywhere_stops_before_anything_runs(old, new, text, file, capsys):
@@ -159,6 +161,16 @@ def test_an_unknown_variant_or_no_file(file):
         sweep.entries([f"--config={file}:c"])
     with pytest.raises(ConfigError, match="--config=FILE is missing"):
         sweep.entries([])
+
+
+def test_directories_of_a_sweep(file, monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (first, *_) = sweep.entries([f"--config={file}", "--workdir=~/out"])
+    assert first.run.workdir == tmp_path / "out/a-seed=0"
+    assert sweep.main([f"--config={file}", "--workdir=", "--run"]) == 2
+    assert "error: --workdir= is empty: name a directory" in capsys.readouterr().err
+    assert sweep.main([f"--config={file.parent / 'smal.py'}"]) == 2
+    assert f"did you mean {file}?" in capsys.readouterr().err
 
 
 def test_help(capsys):
