@@ -219,7 +219,9 @@ def test_nnx_module(tmp_path):
     x = jnp.ones((2, 3))
     restored = orbax_v0(tmp_path, nnx.state(model), shapes(nnx.state(other)))
     nnx.update(other, restored)
-    np.testing.assert_array_equal(other(x), model(x))
+    chex.assert_trees_all_equal(nnx.state(other), nnx.state(model))
+    # Not to the last bit: products may depend on where in memory their operands begin.
+    np.testing.assert_allclose(other(x), model(x), rtol=1e-6)
 
 
 SAFETENSORS = {
