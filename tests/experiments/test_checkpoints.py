@@ -1,5 +1,6 @@
 """Checkpoints that are damaged, and from which one a run goes on."""
 
+import gc
 import json
 import shutil
 from types import SimpleNamespace
@@ -72,8 +73,14 @@ def remove(file):
 
 
 HARMS = cut, empty, flip, remove
-# Orbax prints what of its threads is too late when a file is damaged.
+# Where a file is damaged, Orbax leaves coroutines that nobody waits for.
 noisy = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@pytest.fixture(autouse=True)
+def coroutines_end_with_their_test():
+    yield
+    gc.collect()
 
 
 @noisy
