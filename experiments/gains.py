@@ -31,6 +31,6 @@ def scale_gains_by_fan_in() -> optax.GradientTransformation:
 
     def update(updates: Any, params: Any = None) -> Any:
         del params
-        return jax.tree.map(scale, updates, is_leaf=lambda x: isinstance(x, wnjax.WeightNorm))
+        return jax.tree.map(scale, updates, is_leaf=wnjax.is_weight_norm)
 
     return optax.stateless(update)

@@ -134,7 +134,7 @@ def _linen(problem: Problem, **fields: Any) -> Training:
 
 
 def _axes(problem: Problem) -> Any:
-    return wnjax.neurons(_network(problem), problem.params, problem.inputs)
+    return wnjax.infer_axes(_network(problem))(problem.params, problem.inputs)
 
 
 def _nodes(problem: Problem) -> Any:
@@ -176,20 +176,16 @@ def _naive(problem: Problem) -> Training:
     network = _network(problem)
 
     def apply(tree: Any, x: Any) -> Any:
-        return network(jax.tree.map(_left_to_right, tree, is_leaf=_is_node), x)
+        return network(jax.tree.map(_left_to_right, tree, is_leaf=wnjax.is_weight_norm), x)
 
     return _pure(problem, apply, _nodes(problem))
 
 
 def _left_to_right(leaf: Any) -> Any:
-    if not _is_node(leaf):
+    if not isinstance(leaf, wnjax.WeightNorm):
         return leaf
     axes = tuple(axis for axis, size in enumerate(leaf.g.shape) if size == 1)
     return leaf.g * leaf.v / jnp.sqrt(jnp.sum(leaf.v**2, axes, keepdims=True))
-
-
-def _is_node(leaf: Any) -> bool:
-    return isinstance(leaf, wnjax.WeightNorm)
 
 
 def _paramax(problem: Problem) -> Training:

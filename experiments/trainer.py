@@ -15,7 +15,7 @@ from experiments.datasets.batches import batch_indices
 from experiments.placement import BATCH
 from experiments.tasks import Batch, Measures
 
-_DECISIONS = wnjax.Neuron, wnjax.NotNeuron
+_DECISIONS = wnjax.Weight, wnjax.NotWeight
 RNGS = ("dropout", "noise", "latent", "binarization")  # streams that networks ask for
 Dataset = dict[str, jax.Array]  # examples on the device
 
@@ -63,11 +63,8 @@ class Trainer:
             shape, n = (config.init_examples,), len(next(iter(train.values())))
             rows = jax.random.choice(batch_key, n, shape, replace=False)
             batch = jax.tree.map(lambda x: x[rows], train)
-            params = wnjax.data_init(
-                *(self.forward, params, variables, batch, noise_key),
-                train=True,
-                std=task.init_std or 1.0,
-            )
+            initialize = wnjax.data_init(self.forward, std=task.init_std or 1.0)
+            params = initialize(params, variables, batch, noise_key, train=True)
         if config.fixed_scale:
             params, scale = _split_scale(drawn, params, self.axes(params, variables, few))
         return State(
@@ -86,7 +83,8 @@ class Trainer:
 
     def axes(self, params: Any, statistics: Any, few: Batch) -> Any:
         """Which axes of which weights are those of neurons, by a trace of the network."""
-        return wnjax.neurons(self.forward, params, statistics, few, jax.random.key(0), train=True)
+        infer = wnjax.infer_axes(self.forward)
+        return infer(params, statistics, few, jax.random.key(0), train=True)
 
     def optimizer(
         self, params: Any, statistics: Any, few: Batch, length: int | jax.Array
@@ -229,7 +227,7 @@ def _scale_v(params: Any, std: float) -> Any:
         root_mean_square = jnp.sqrt(jnp.mean(jnp.square(x.v)))
         return wnjax.WeightNorm(g=x.g, v=x.v * (std / root_mean_square))
 
-    return jax.tree.map(scale, params, is_leaf=lambda x: isinstance(x, wnjax.WeightNorm))
+    return jax.tree.map(scale, params, is_leaf=wnjax.is_weight_norm)
 
 
 def _split_scale(drawn: Any, params: Any, axes: Any) -> tuple[Any, Any]:
@@ -245,9 +243,7 @@ def _split_scale(drawn: Any, params: Any, axes: Any) -> tuple[Any, Any]:
         w: jax.Array = before.v if isinstance(before, wnjax.WeightNorm) else after
         return w
 
-    def is_leaf(x: Any) -> bool:
-        return isinstance(x, wnjax.WeightNorm)
-
+    is_leaf = wnjax.is_weight_norm
     return tuple(jax.tree.map(f, after, before, is_leaf=is_leaf) for f in (start, scale))
 
 
@@ -262,7 +258,7 @@ def _lengths(tree: Any, axes: Any) -> dict[str, jax.Array]:
     decisions = jax.tree.leaves(axes, is_leaf=lambda x: isinstance(x, _DECISIONS))
     lengths = {}
     for (path, w), decision in zip(pairs, decisions, strict=True):
-        if isinstance(decision, wnjax.Neuron):
+        if isinstance(decision, wnjax.Weight):
             features = np.atleast_1d(decision.feature_axes) % w.ndim
             fan_in = tuple(axis for axis in range(w.ndim) if axis not in features)
             name = jax.tree_util.keystr(path, simple=True, separator="/")

@@ -13,7 +13,7 @@ from flax.core import freeze
 
 import wnjax
 from tests import toys
-from wnjax import Neuron, NotNeuron
+from wnjax import NotWeight, Weight
 
 PARAMS = {"dense": {"kernel": jnp.ones((3, 4)), "bias": jnp.ones(4)}, "ids": jnp.arange(6)}
 
@@ -96,7 +96,7 @@ def test_tree_of_neurons(tree):
 
     def decision(path, leaf):
         is_first = jax.tree_util.keystr(path, simple=True, separator="/").startswith("first/kernel")
-        return Neuron(feature_axes=(0,)) if is_first else NotNeuron("not now")
+        return Weight(feature_axes=(0,)) if is_first else NotWeight("not now")
 
     axes = jax.tree_util.tree_map_with_path(decision, params)
     assert gain_shapes(params, axes) == {"first/kernel": (3, 1)}
@@ -104,7 +104,7 @@ def test_tree_of_neurons(tree):
 
 def test_tree_of_neurons_may_be_of_another_container():
     params = toys.mlp_params()
-    axes = freeze(jax.tree.map(lambda p: Neuron(-1) if p.ndim == 2 else NotNeuron("bias"), params))
+    axes = freeze(jax.tree.map(lambda p: Weight(-1) if p.ndim == 2 else NotWeight("bias"), params))
     assert len(gain_shapes(params, axes)) == 2
 
 
@@ -112,7 +112,7 @@ def test_tree_of_neurons_may_be_of_another_container():
 @pytest.mark.parametrize("form", ["weight_norm", "weight_normalized", "keep_norms"])
 def test_tree_of_neurons_of_the_whole_serves_for_a_part(form, tree):
     whole = toys.TREES[tree]()
-    axes = jax.tree.map(lambda p: Neuron(0) if p.ndim == 2 else NotNeuron("bias"), whole)
+    axes = jax.tree.map(lambda p: Weight(0) if p.ndim == 2 else NotWeight("bias"), whole)
     part = (
         {"first": whole["first"]}
         if tree == "dict"
@@ -137,7 +137,7 @@ def test_tree_of_neurons_of_the_whole_serves_for_a_part(form, tree):
 def test_axes_of_a_whole_model_serve_an_optimizer_of_some_of_its_params():
     model = toys.TwoLayers(nnx.Rngs(0))
     graphdef, params = nnx.split(model, nnx.Param)
-    axes = wnjax.neurons(lambda p, x: nnx.merge(graphdef, p)(x), params, jnp.ones((5, 3)))
+    axes = wnjax.infer_axes(lambda p, x: nnx.merge(graphdef, p)(x))(params, jnp.ones((5, 3)))
     wrt = nnx.All(nnx.Param, nnx.PathContains("first"))
     optimizer = nnx.Optimizer(model, wnjax.weight_normalized(optax.sgd(0.1), axes), wrt=wrt)
     before = jax.tree.map(jnp.copy, nnx.to_pure_dict(nnx.state(model, nnx.Param)))
@@ -151,7 +151,7 @@ def test_axes_of_a_whole_model_serve_an_optimizer_of_some_of_its_params():
 def test_tree_of_neurons_may_be_callable():
     """An Equinox module is one."""
     model = eqx.filter(eqx.nn.Linear(3, 4, key=jax.random.key(0)), eqx.is_array)
-    axes = jax.tree.map(lambda x: Neuron(0) if x.ndim == 2 else NotNeuron("bias"), model)
+    axes = jax.tree.map(lambda x: Weight(0) if x.ndim == 2 else NotWeight("bias"), model)
     assert callable(axes)
     assert gain_shapes(model, axes) == {"weight": (4, 1)}
 
@@ -203,19 +203,19 @@ def test_a_single_array_is_a_tree():
         ("kernel", TypeError, "axes must be None, a dict .*got 'kernel'"),
         (3, TypeError, "axes must be None"),
         (
-            {"dense": {"kernel": Neuron(-1), "bias": NotNeuron("bias")}},
+            {"dense": {"kernel": Weight(-1), "bias": NotWeight("bias")}},
             ValueError,
             "the tree says nothing of these leaves:\n  ids$",
         ),
         (
-            {"more": Neuron(-1)},
+            {"more": Weight(-1)},
             ValueError,
             "the tree says nothing of these leaves:\n  dense/bias\n  dense/kernel\n  ids$",
         ),
         (
-            {"dense": {"kernel": Neuron(-1), "bias": 0}, "ids": NotNeuron("ids")},
+            {"dense": {"kernel": Weight(-1), "bias": 0}, "ids": NotWeight("ids")},
             TypeError,
-            "dense/bias must be a Neuron or a NotNeuron, got 0",
+            "dense/bias must be a Weight or a NotWeight, got 0",
         ),
     ],
 )

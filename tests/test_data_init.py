@@ -74,8 +74,8 @@ def test_every_pre_activation_of_a_convolutional_network(use_bias, as_nodes):
     model, x = Network(), 3 + normal(128, 8, 8, 3)
     params = model.init(jax.random.key(0), x, False)["params"]
     fn = apply(model, train=False)
-    tree = wnjax.weight_norm(params, wnjax.neurons(fn, params, x)) if as_nodes else params
-    found, report = wnjax.data_init(fn, tree, x, report=True)
+    tree = wnjax.weight_norm(params, wnjax.infer_axes(fn)(params, x)) if as_nodes else params
+    found, report = wnjax.data_init(fn, report=True)(tree, x)
     chex.assert_trees_all_equal_shapes_and_dtypes(found, tree)
     for y in pre_activations(model, wnjax.fold(found), x, train=False).values():
         assert_standardized(y, has_bias=use_bias)
@@ -93,7 +93,7 @@ def test_attention_and_transformer():
     tokens = jax.random.randint(jax.random.key(0), (40, 8), 0, 11)
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         params = model.init(jax.random.key(1), tokens, train=False)["params"]
-        found = wnjax.data_init(apply(model, train=False), params, tokens)
+        found = wnjax.data_init(apply(model, train=False))(params, tokens)
         outputs = pre_activations(model, found, tokens, train=False)
     assert len(outputs) == 13
     for path, y in outputs.items():
@@ -124,10 +124,9 @@ def test_scanned_layers_get_what_unrolled_ones_get(layer_axis):
             x = Block().apply({"params": layer}, x, None)[0]
         return x
 
-    found, report = wnjax.data_init(
-        lambda p, x: stacked.apply({"params": p}, x, None)[0], params, x, report=True
-    )
-    one_by_one = wnjax.data_init(unrolled, layers, x)
+    init = wnjax.data_init(lambda p, x: stacked.apply({"params": p}, x, None)[0], report=True)
+    found, report = init(params, x)
+    one_by_one = wnjax.data_init(unrolled)(layers, x)
     together = jax.tree.map(lambda *p: jnp.stack(p, layer_axis), *one_by_one)
     chex.assert_trees_all_close(found, together, rtol=1e-5, atol=1e-6)
     assert report["Dense_0"]["kernel"].action == "initialized"
@@ -144,7 +143,7 @@ def test_nnx():
     def fn(state, x):
         return nnx.merge(graph, state)(x)
 
-    found = wnjax.data_init(fn, state, x)
+    found = wnjax.data_init(fn)(state, x)
     merged = nnx.merge(graph, found)
     assert_standardized(merged.first(x))
     assert_standardized(merged(x))
@@ -195,7 +194,7 @@ def test_convpool_cnn_against_the_algorithm_by_hand():
         lambda s: 0.05 * normal(*s.shape, seed=next(keys), dtype=jnp.float64), shapes
     )
     with jax.numpy_rank_promotion("allow"):
-        found = wnjax.data_init(apply(model, train=False), params, x)
+        found = wnjax.data_init(apply(model, train=False))(params, x)
         expected = convpool_by_hand(params, x)
     chex.assert_trees_all_close(found, expected, rtol=1e-10, atol=1e-10)
 
@@ -206,12 +205,12 @@ def test_all_layers(name):
     fn, params, args = LAYERS[name].build()
     with jax.numpy_dtype_promotion("standard"):
         try:
-            once, report = wnjax.data_init(fn, params, *args, report=True)
+            once, report = wnjax.data_init(fn, report=True)(params, *args)
         except ValueError as error:
             if "nothing to initialize" not in str(error):
                 raise
             return
-        twice = wnjax.data_init(fn, once, *args)
+        twice = wnjax.data_init(fn)(once, *args)
     assert any(one.samples for one in jax.tree.leaves(report, is_leaf=is_report))
     for x, y in zip(*map(jax.tree.leaves, (once, twice)), strict=True):
         if not jnp.issubdtype(x.dtype, jnp.floating):
@@ -230,7 +229,7 @@ def dense(params, x):
 def test_constant_neurons_keep_their_gain_and_get_their_bias():
     params = {"kernel": normal(3, 4).at[0, 1:].set(0), "bias": normal(4, seed=1)}
     x = jnp.concatenate([normal(200, 1, seed=2), jnp.full((200, 2), 0.3)], 1)
-    found, report = wnjax.data_init(dense, params, x, report=True)
+    found, report = wnjax.data_init(dense, report=True)(params, x)
     assert int(report["kernel"].constant) == 3
     np.testing.assert_allclose(found["kernel"][:, 1:], params["kernel"][:, 1:], rtol=1e-6)
     np.testing.assert_allclose(dense(found, x)[:, 1:], 0, atol=1e-6)
@@ -243,14 +242,14 @@ def test_a_batch_of_one_stays_finite(log_scale):
     params = {"kernel": normal(3, 4), "bias": jnp.zeros(4)}
     axes = {"kernel": 1, "bias": None}
     tree = wnjax.weight_norm(params, axes, log_scale=log_scale)
-    found = wnjax.data_init(dense, tree, normal(1, 3))
+    found = wnjax.data_init(dense)(tree, normal(1, 3))
     chex.assert_tree_all_finite(found)
     chex.assert_trees_all_close(found["kernel"], tree["kernel"], rtol=1e-6)
 
 
 def test_zero_directions_stay_zero():
     node = wnjax.WeightNorm(g=jnp.ones((1, 4)), v=jnp.zeros((3, 4)))
-    found = wnjax.data_init(dense, {"kernel": node, "bias": jnp.ones(4)}, normal(100, 3))
+    found = wnjax.data_init(dense)({"kernel": node, "bias": jnp.ones(4)}, normal(100, 3))
     np.testing.assert_array_equal(found["kernel"].g, 1)
     np.testing.assert_array_equal(found["bias"], 0)
 
@@ -258,8 +257,8 @@ def test_zero_directions_stay_zero():
 def test_log_scale_gets_the_logarithm():
     params = {"kernel": normal(3, 4), "bias": jnp.zeros(4)}
     axes, x = {"kernel": 1, "bias": None}, normal(100, 3)
-    plain = wnjax.data_init(dense, wnjax.weight_norm(params, axes), x)
-    log = wnjax.data_init(dense, wnjax.weight_norm(params, axes, log_scale=True), x)
+    plain = wnjax.data_init(dense)(wnjax.weight_norm(params, axes), x)
+    log = wnjax.data_init(dense)(wnjax.weight_norm(params, axes, log_scale=True), x)
     np.testing.assert_allclose(jnp.exp(log["kernel"].log_g), plain["kernel"].g, rtol=1e-6)
 
 
@@ -269,34 +268,34 @@ def test_target_deviations():
 
     params = {k: {"kernel": normal(4, 4, seed=i), "bias": jnp.ones(4)} for i, k in enumerate("ab")}
     x = normal(500, 4, seed=3)
-    found = wnjax.data_init(fn, params, x, std={"b/kernel": 0.5})
+    found = wnjax.data_init(fn, std={"b/kernel": 0.5})(params, x)
     np.testing.assert_allclose(fn(found, x).std(0), 0.5, rtol=1e-4)
     assert_standardized(dense(found["a"], x))
-    off = wnjax.data_init(fn, params, x, std={"b/.*": 0.0})
+    off = wnjax.data_init(fn, std={"b/.*": 0.0})(params, x)
     np.testing.assert_allclose(fn(off, x), 0, atol=1e-6)
     with pytest.raises(ValueError, match="matches no leaf"):
-        wnjax.data_init(fn, params, x, std={"c/kernel": 0.5})
+        wnjax.data_init(fn, std={"c/kernel": 0.5})(params, x)
     with pytest.raises(ValueError, match="must be 0 or positive, got -1"):
-        wnjax.data_init(fn, params, x, std=-1.0)
+        wnjax.data_init(fn, std=-1.0)(params, x)
 
 
 def test_a_mask_leaves_padding_out():
     params, x = {"kernel": normal(3, 4), "bias": jnp.zeros(4)}, normal(50, 7, 3)
     mask = jax.random.bernoulli(jax.random.key(5), 0.6, (50, 7))
-    expected = wnjax.data_init(dense, params, x[mask])
+    expected = wnjax.data_init(dense)(params, x[mask])
     padded = jnp.where(mask[..., None], x, 100.0)
     chex.assert_trees_all_close(
-        wnjax.data_init(dense, params, padded, mask=mask), expected, rtol=1e-4, atol=1e-5
+        wnjax.data_init(dense, mask=mask)(params, padded), expected, rtol=1e-4, atol=1e-5
     )
 
     def flat(params, x):
         return dense(params, x.reshape(-1, 3))
 
     chex.assert_trees_all_close(
-        wnjax.data_init(flat, params, padded, mask=mask), expected, rtol=1e-4, atol=1e-5
+        wnjax.data_init(flat, mask=mask)(params, padded), expected, rtol=1e-4, atol=1e-5
     )
     with pytest.raises(ValueError, match=r"mask of shape \(3,\) does not fit .*\(50, 7, 4\)"):
-        wnjax.data_init(dense, params, x, mask=jnp.ones(3, bool))
+        wnjax.data_init(dense, mask=jnp.ones(3, bool))(params, x)
 
 
 @pytest.fixture(scope="module")
@@ -307,27 +306,27 @@ def network():
 
 def test_plain_parameters_get_what_their_nodes_get(network):
     fn, params, x = network
-    nodes = wnjax.weight_norm(params, wnjax.neurons(fn, params, x))
+    nodes = wnjax.weight_norm(params, wnjax.infer_axes(fn)(params, x))
     chex.assert_trees_all_close(
-        wnjax.data_init(fn, params, x), wnjax.fold(wnjax.data_init(fn, nodes, x)), rtol=1e-6
+        wnjax.data_init(fn)(params, x), wnjax.fold(wnjax.data_init(fn)(nodes, x)), rtol=1e-6
     )
 
 
 def test_inside_jit(network):
     fn, params, x = network
-    count = chex.assert_max_traces(lambda p, x: wnjax.data_init(fn, p, x, report=True), n=1)
+    count = chex.assert_max_traces(wnjax.data_init(fn, report=True), n=1)
     jitted = jax.jit(count)
     (found, report), _ = jitted(params, x), jitted(params, x)
-    chex.assert_trees_all_close(found, wnjax.data_init(fn, params, x), rtol=1e-5, atol=1e-6)
+    chex.assert_trees_all_close(found, wnjax.data_init(fn)(params, x), rtol=1e-5, atol=1e-6)
     assert report["layers_0"]["kernel"].samples == 160
 
 
 def test_pmap(network):
     fn, params, x = network
-    expected = wnjax.data_init(fn, params, x)
+    expected = wnjax.data_init(fn)(params, x)
     with jax.numpy_rank_promotion("allow"):
         replicated = jax.pmap(
-            lambda x: wnjax.data_init(fn, params, x, axis_name="i"), axis_name="i"
+            lambda x: wnjax.data_init(fn, axis_name="i")(params, x), axis_name="i"
         )(x.reshape(8, 20, 3))
     for i in range(8):
         one = jax.tree.map(lambda p, i=i: p[i], replicated)
@@ -338,11 +337,11 @@ def test_pmap(network):
 def test_shard_map(network, masked):
     fn, params, x = network
     mask = jnp.arange(160) % 3 > 0 if masked else None
-    expected = wnjax.data_init(fn, params, x, mask=mask)
+    expected = wnjax.data_init(fn, mask=mask)(params, x)
     mesh, spec = Mesh(jax.devices(), "i"), PartitionSpec("i")
 
     def init(params, x, mask):
-        return wnjax.data_init(fn, params, x, axis_name="i", mask=mask)
+        return wnjax.data_init(fn, axis_name="i", mask=mask)(params, x)
 
     sharded = jax.shard_map(
         init, mesh=mesh, in_specs=(PartitionSpec(), spec, spec), out_specs=PartitionSpec()
@@ -354,8 +353,8 @@ def test_shard_map(network, masked):
 def test_sharded_batch_under_jit(network):
     fn, params, x = network
     sharding = NamedSharding(Mesh(jax.devices(), "i"), PartitionSpec("i"))
-    found = jax.jit(partial(wnjax.data_init, fn))(params, jax.device_put(x, sharding))
-    expected = wnjax.data_init(fn, params, x)
+    found = jax.jit(wnjax.data_init(fn))(params, jax.device_put(x, sharding))
+    expected = wnjax.data_init(fn)(params, x)
     chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -370,12 +369,12 @@ def test_what_is_left_alone_is_said():
         "head": {"kernel": normal(4, 2), "bias": jnp.zeros(2)},
     }
     with pytest.warns(UserWarning, match="leaves these weights alone"):
-        found, report = wnjax.data_init(fn, params, x, report=True)
+        found, report = wnjax.data_init(fn, report=True)(params, x)
     assert "shared by the steps of a loop" in report["rnn"]["cell"]["h"]["kernel"].detail
     chex.assert_trees_all_equal(found["rnn"]["cell"]["h"], params["rnn"]["cell"]["h"])
     assert_standardized(fn(found, x))
     with pytest.raises(ValueError, match="nothing to initialize"):
-        wnjax.data_init(lambda p, x: model.apply({"params": p}, x), params["rnn"], x)
+        wnjax.data_init(lambda p, x: model.apply({"params": p}, x))(params["rnn"], x)
 
 
 @pytest.mark.parametrize("used", ["twice", "branch", "penalty"])
@@ -390,7 +389,7 @@ def test_no_single_use(used):
 
     reasons = {"twice": "used 2 times", "branch": "branch alone", "penalty": "otherwise"}
     with pytest.raises(ValueError, match=reasons[used]):
-        wnjax.data_init(fn, {"w": normal(3, 3)}, normal(100, 3))
+        wnjax.data_init(fn)({"w": normal(3, 3)}, normal(100, 3))
 
 
 def test_nodes_that_stay_are_warned_of():
@@ -400,23 +399,23 @@ def test_nodes_that_stay_are_warned_of():
     params = {"a": {"kernel": normal(4, 4), "bias": jnp.zeros(4)}, "b": normal(4, 4, seed=1)}
     tree = wnjax.weight_norm(params, {"a/kernel": 1, "a/bias": None, "b": 1})
     with pytest.warns(UserWarning, match=r"alone:\n  b: used in two roles"):
-        found = wnjax.data_init(fn, tree, normal(100, 4))
+        found = wnjax.data_init(fn)(tree, normal(100, 4))
     chex.assert_trees_all_equal(found["b"], tree["b"])
 
 
 def test_few_samples_are_warned_of():
     params = {"kernel": normal(3, 4), "bias": jnp.zeros(4)}
     with pytest.warns(UserWarning, match=r"fewer than 100 samples.*\n  kernel: 99"):
-        wnjax.data_init(dense, params, normal(99, 3))
+        wnjax.data_init(dense)(params, normal(99, 3))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        wnjax.data_init(dense, params, normal(100, 3))
+        wnjax.data_init(dense)(params, normal(100, 3))
 
 
 def test_bfloat16_computation():
     model, x = nn.Dense(8, dtype=jnp.bfloat16), 1 + normal(400, 16)
     params = model.init(jax.random.key(0), x)["params"]
-    found = wnjax.data_init(apply(model), params, x)
+    found = wnjax.data_init(apply(model))(params, x)
     y = apply(model)(found, x).astype(jnp.float32)
     np.testing.assert_allclose(y.mean(0), 0, atol=2e-2)
     np.testing.assert_allclose(y.std(0), 1, atol=1e-2)
@@ -429,7 +428,7 @@ def test_a_bias_added_after_a_mean_only_batch_norm():
         return y + jnp.broadcast_to(params["bias"], y.shape)
 
     params, x = {"kernel": normal(3, 4), "bias": jnp.ones(4)}, 5 + normal(100, 3)
-    found = wnjax.data_init(fn, params, x)
+    found = wnjax.data_init(fn)(params, x)
     assert_standardized(fn(found, x))
     np.testing.assert_allclose(found["bias"], 0, atol=1e-5)
 
@@ -453,7 +452,7 @@ def test_moments_that_are_not_finite_leave_neurons_as_they_were(value, form):
     axes = {"kernel": (0, 2), "bias": None}
     if form in ("nodes", "log"):
         params = wnjax.weight_norm(params, axes, log_scale=form == "log")
-    init = partial(wnjax.data_init, side_by_side, params, report=True)
+    init = partial(wnjax.data_init(side_by_side, report=True), params)
     want, _ = init(x)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -476,7 +475,7 @@ def test_neurons_that_are_constant_are_warned_of():
 
     params = {name: {"kernel": normal(4, 4), "bias": jnp.ones(4)} for name in "ab"}
     with pytest.warns(UserWarning, match=r"are constant .*\n  b/kernel: 4 of 4"):
-        found, report = wnjax.data_init(fn, params, normal(100, 4), report=True)
+        found, report = wnjax.data_init(fn, report=True)(params, normal(100, 4))
     assert int(report["b"]["kernel"].constant) == 4
     chex.assert_trees_all_close(found["b"]["kernel"], params["b"]["kernel"], rtol=1e-6)
     np.testing.assert_array_equal(found["b"]["bias"], 0)
@@ -486,7 +485,7 @@ def test_neurons_that_are_constant_are_warned_of():
 def test_float16(kind):
     """Moments are float32, so that float16 gets what float32 gets, to its rounding."""
     x, params = 1 + normal(400, 16), {"kernel": normal(16, 8), "bias": jnp.zeros(8)}
-    want = wnjax.data_init(dense, params, x)
+    want = wnjax.data_init(dense)(params, x)
     dtype = jnp.float16
 
     def fn(params, x):
@@ -498,7 +497,7 @@ def test_float16(kind):
     if kind == "long v":  # v in float16 is infinite
         given = wnjax.weight_norm(params)
         given["kernel"] = given["kernel"]._replace(v=1e6 * params["kernel"])
-    found, report = wnjax.data_init(fn, given, x, report=True)
+    found, report = wnjax.data_init(fn, report=True)(given, x)
     assert report["kernel"].action == "initialized"
     assert int(report["kernel"].not_finite) == 0
     chex.assert_trees_all_equal_shapes_and_dtypes(found, given)
@@ -537,7 +536,7 @@ def test_loops_of_one_step_share_no_weights(inside):
         "head": {"kernel": normal(4, 2), "bias": jnp.zeros(2)},
     }
     x = 1 + normal(200, 4)
-    found = wnjax.data_init(fn, params, x)
+    found = wnjax.data_init(fn)(params, x)
     assert_standardized(plain(found, x))
     layers_apart = {f"{i}": jax.tree.map(lambda p, i=i: p[i], params["stack"]) for i in range(3)}
 
@@ -546,7 +545,7 @@ def test_loops_of_one_step_share_no_weights(inside):
             x = jnp.tanh(dense(params[f"{i}"], x))
         return dense(params["head"], x)
 
-    want = wnjax.data_init(apart, layers_apart | {"head": params["head"]}, x)
+    want = wnjax.data_init(apart)(layers_apart | {"head": params["head"]}, x)
     stack = jax.tree.map(lambda *p: jnp.stack(p), *(want[f"{i}"] for i in range(3)))
     chex.assert_trees_all_close(found, {"stack": stack, "head": want["head"]}, rtol=1e-5, atol=1e-6)
 
@@ -561,7 +560,7 @@ def test_a_recurrent_network_on_one_time_step():
 
     params = {"x": normal(3, 4), "h": normal(4, 4), "head": normal(4, 2)}
     x = normal(1, 100, 3)
-    found = wnjax.data_init(fn, params, x)
+    found = wnjax.data_init(fn)(params, x)
     np.testing.assert_allclose((x[0] @ found["x"]).std(0), 1, rtol=1e-5)
     np.testing.assert_allclose(fn(found, x).std(0), 1, rtol=1e-5)
     np.testing.assert_allclose(found["h"], params["h"], rtol=1e-6)  # the first state is constant
@@ -580,8 +579,20 @@ def test_weights_without_elements_are_left_alone():
     }
     x = normal(100, 3)
     with pytest.warns(UserWarning, match=r"alone:\n  a: it has no elements\n  b: it has no elem"):
-        found = wnjax.data_init(fn, params, x)
+        found = wnjax.data_init(fn)(params, x)
     chex.assert_trees_all_equal_shapes_and_dtypes(found, params)
     assert_standardized(fn(found, x))
     with pytest.raises(ValueError, match=r"kernel: its output has no elements: the minibatch"):
-        wnjax.data_init(dense, params["dense"], x[:0])
+        wnjax.data_init(dense)(params["dense"], x[:0])
+
+
+def test_keywords_of_the_function_are_no_options():
+    """Among them those of the attention's mask and of a noise's deviation."""
+
+    def fn(params, x, mask, std):
+        return std * dense(params, jnp.where(mask, x, 0))
+
+    params, x = {"kernel": normal(3, 4), "bias": jnp.zeros(4)}, normal(100, 3)
+    mask = jnp.ones((100, 3), bool).at[:, 0].set(False)
+    found = wnjax.data_init(fn)(params, x, mask=mask, std=2.0)
+    np.testing.assert_allclose(fn(found, x, mask, 2.0).std(0), 2, rtol=1e-5)  # twice 1

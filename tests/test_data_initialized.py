@@ -61,7 +61,7 @@ def test_first_step_initializes_and_the_others_are_the_optimizers(name, jit):
         state = optimizer.init(start)
         before = jax.tree.map(jnp.copy, state.inner)
         found, state = step(start, state, examples)
-        initialized = wnjax.data_init(toys.mlp, start, examples)
+        initialized = wnjax.data_init(toys.mlp)(start, examples)
         assert_close(found, initialized)
         chex.assert_trees_all_equal(state.inner, before)
         y = toys.mlp(wnjax.fold(found), examples)
@@ -190,7 +190,7 @@ def test_devices_with_a_part_of_the_batch_agree_with_the_whole(how, name, initia
 
     def run(**options):
         if initialized == "data_init":
-            return lambda params, batch: wnjax.data_init(toys.mlp, params, batch, **options)
+            return wnjax.data_init(toys.mlp, **options)
         optimizer = wnjax.data_initialized(inner, toys.mlp, **options)
         return lambda params, *batches: two_steps(optimizer, params, *batches)
 
@@ -208,6 +208,6 @@ def test_split_fan_in_axes_are_refused():
 
     specs = ({"kernel": wnjax.WeightNorm(g=jax.P(), v=jax.P("x"))}, jax.P(None, "x"))
     mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
-    init = jax.shard_map(partial(wnjax.data_init, fn), mesh=mesh, in_specs=specs, out_specs=None)
+    init = jax.shard_map(wnjax.data_init(fn), mesh=mesh, in_specs=specs, out_specs=None)
     with pytest.raises(ValueError, match=r"^kernel: its fan-in axes seem to be split over 'x'"):
         init(nodes, jnp.ones((200, 8)))

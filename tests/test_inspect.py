@@ -8,7 +8,7 @@ import pytest
 
 import wnjax
 from tests import toys
-from wnjax import Neuron, NotNeuron
+from wnjax import NotWeight, Weight
 
 
 def test_summary_of_nodes():
@@ -40,8 +40,8 @@ def test_summary_is_the_same_for_every_container(tree):
 
 def test_summary_of_decisions():
     tree = {
-        "a": {"kernel": Neuron((1,), bias="a/bias"), "bias": NotNeuron("bias")},
-        "b": Neuron((0, 2)),
+        "a": {"kernel": Weight((1,), bias="a/bias"), "bias": NotWeight("bias")},
+        "b": Weight((0, 2)),
     }
     assert wnjax.summary(tree).splitlines() == [
         "leaf      neuron",

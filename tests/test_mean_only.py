@@ -171,7 +171,7 @@ def test_data_init_with_mean_only_batch_norm():
     def fn(params, x):
         return model.apply({**variables, "params": params}, x, mutable=["batch_stats"])[0]
 
-    params, report = wnjax.data_init(fn, variables["params"], x, report=True)
+    params, report = wnjax.data_init(fn, report=True)(variables["params"], x)
     assert report["Conv_1"]["kernel"].detail == "MeanOnlyBatchNorm_1/bias"
     _, state = model.apply(
         {**variables, "params": params},

@@ -460,7 +460,7 @@ def test_params_that_are_nodes_say_their_axes():
         wnjax.weight_norm,
         wnjax.keep_norms().init,
         wnjax.weight_normalized(optax.sgd(0.1)).init,
-        lambda state: wnjax.data_init(lambda p, x: x, state, jnp.ones((2, 3))),
+        lambda state: wnjax.data_init(lambda p, x: x)(state, jnp.ones((2, 3))),
     ],
 )
 def test_functions_of_nodes_refuse_the_state_of_the_module(fn):

@@ -247,7 +247,7 @@ def test_masks_and_groups_around():
     chex.assert_trees_all_close(
         updates["second"], jax.tree.map(lambda g: -0.1 * g, grads["second"])
     )
-    axes = wnjax.neurons(lambda p, x: loss(p, x, y), params, x)
+    axes = wnjax.infer_axes(lambda p, x: loss(p, x, y))(params, x)
     for one in (axes, None, lambda path, leaf: 1 if "kernel" in path else None):
         masked = optax.masked(
             wnjax.weight_normalized(optax.adam(1e-2), one), {"first": True, "second": False}

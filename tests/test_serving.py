@@ -49,7 +49,7 @@ def served(calls, path):
 
 def trained(fn, params, x):
     """Nodes after some steps, so that they are not where they began."""
-    axes = wnjax.neurons(fn, params, x)
+    axes = wnjax.infer_axes(fn)(params, x)
     nodes = wnjax.weight_norm(params, axes)
     grads = jax.grad(lambda p: jnp.mean(wnjax.wrap(fn)(p, x) ** 2))(nodes)
     return jax.tree.map(lambda p, grad: p - 0.5 * grad, nodes, grads)
@@ -124,7 +124,7 @@ def test_weights_as_an_argument(tmp_path):
 @pytest.mark.parametrize("log_scale", [False, True])
 def test_nodes_as_an_argument(log_scale):
     """One program for many (g, v): its bytes say what the nodes are."""
-    axes = wnjax.neurons(toys.mlp, toys.mlp_params(), X)
+    axes = wnjax.infer_axes(toys.mlp)(toys.mlp_params(), X)
     nodes = wnjax.weight_norm(toys.mlp_params(), axes, log_scale=log_scale)
     program = export.export(jax.jit(wnjax.wrap(toys.mlp)))(nodes, X)
     again = export.deserialize(program.serialize())
@@ -158,7 +158,7 @@ def test_sizes_left_open_in_the_other_forms(form):
     functions = {
         "module": partial(layer.apply, variables),
         "init": partial(layer.init, jax.random.key(2)),
-        "data_init": partial(wnjax.data_init, fn, params),
+        "data_init": partial(wnjax.data_init(fn), params),
     }
     sizes = jax.ShapeDtypeStruct(export.symbolic_shape("b, t, 3"), x.dtype)
     program = export.export(jax.jit(functions[form]))(sizes)

@@ -232,7 +232,7 @@ def gradient(fn, params):
 def test_a_model_sends_what_the_plain_one_does_and_sums(mesh, layout, form):
     """A sum for the norm, and one for its gradient, where fan-in axes are split."""
     params, x = problem(layout)
-    nodes = wnjax.weight_norm(params, wnjax.neurons(mlp, params, x))
+    nodes = wnjax.weight_norm(params, wnjax.infer_axes(mlp)(params, x))
     fn = wnjax.wrap(mlp) if form == "wrap" else lambda nodes, x: mlp(wnjax.fold(nodes), x)
     sent = collectives(gradient(fn, nodes), nodes, x)
     for one in collectives(gradient(mlp, params), params, x):
@@ -257,7 +257,7 @@ def test_data_init_of_shards_is_that_of_the_whole(mesh, layout, as_nodes):
     """Under jit, with the batch spread over devices, too; beyond the network's, sums are sent."""
     params, x = problem(layout)
     tree = wnjax.weight_norm(params, {"up|down": -1}) if as_nodes else params
-    init = jax.jit(partial(wnjax.data_init, mlp))
+    init = jax.jit(wnjax.data_init(mlp))
     alone = jax.device_get((tree, x))
     chex.assert_trees_all_close(init(tree, x), init(*alone), rtol=1e-4, atol=1e-5)
     sent = collectives(init, tree, x)
@@ -273,14 +273,14 @@ def test_data_init_of_shards_is_that_of_the_whole(mesh, layout, as_nodes):
 def test_views_of_shards_are_those_of_the_whole(mesh):
     params, x = problem("fsdp")
     whole = jax.device_get((params, x))
-    axes = wnjax.neurons(mlp, params, x)
-    assert axes == wnjax.neurons(mlp, *whole)
-    assert wnjax.summary(axes) == wnjax.summary(wnjax.neurons(mlp, *whole))
+    axes = wnjax.infer_axes(mlp)(params, x)
+    assert axes == wnjax.infer_axes(mlp)(*whole)
+    assert wnjax.summary(axes) == wnjax.summary(wnjax.infer_axes(mlp)(*whole))
     found = []
 
     @jax.jit
     def inside(params, x):  # where shards have their sharding in their types, too
-        found.append(wnjax.neurons(mlp, params, x))
+        found.append(wnjax.infer_axes(mlp)(params, x))
 
     inside(params, x)
     assert found == [axes]

@@ -193,8 +193,8 @@ FUNCTIONS_OF_NODES = {
     "summary": wnjax.summary,
     "weight_normalized": wnjax.weight_normalized(optax.sgd(0.1)).init,
     "keep_norms": wnjax.keep_norms().init,
-    "data_init": lambda tree: wnjax.data_init(lambda params: params, tree),
-    "neurons": lambda tree: wnjax.neurons(lambda params: params, tree),
+    "data_init": wnjax.data_init(lambda params: params),
+    "neurons": wnjax.infer_axes(lambda params: params),
 }
 
 
@@ -371,7 +371,7 @@ def test_weights_without_elements_compute_and_train_nothing():
     def loss(fn, params):
         return jnp.sum(fn(params, x) ** 2)
 
-    axes = wnjax.neurons(fn, params, x)
+    axes = wnjax.infer_axes(fn)(params, x)
     nodes = wnjax.weight_norm(params, axes)
     chex.assert_trees_all_equal(wnjax.fold(nodes), params)
     alone = wnjax.weight_norm({"w": params["w"]}, {"w": 1})

@@ -21,8 +21,8 @@ LOW_PRECISION = {"bfloat16_compute", "dense_bfloat16"}
 
 def normalized(fn, params, *args):
     """A tree with nodes off their start, so that g and ‖v‖ differ; None if nothing is a weight."""
-    axes = wnjax.neurons(fn, params, *args)
-    if not any(isinstance(x, wnjax.Neuron) for x in jax.tree.leaves(axes)):
+    axes = wnjax.infer_axes(fn)(params, *args)
+    if not any(isinstance(x, wnjax.Weight) for x in jax.tree.leaves(axes)):
         return None
     change = {"g": lambda g: 0.7 * g, "v": lambda v: 1.9 * v, "other": lambda x: x}
     tree = wnjax.weight_norm(params, axes)
@@ -218,7 +218,7 @@ def test_training_gives_the_same_losses_for_200_steps(name, x64, devices, always
                 updates, state = optimizer.update(grads, state, tree)
             return (optax.apply_updates(tree, updates), state), value
 
-        tree = wnjax.weight_norm(make(), wnjax.neurons(fn, make(), x))
+        tree = wnjax.weight_norm(make(), wnjax.infer_axes(fn)(make(), x))
         return jax.lax.scan(step, (tree, optimizer.init(tree)), length=200)[1]
 
     wrapped = jax.jit(lambda: losses(wnjax.wrap(fn)))()
@@ -293,7 +293,7 @@ def test_sizes_that_are_left_open(name, rides, monkeypatch):
     params = {key: jnp.asarray(rng.normal(size=shape)) for key, shape in shapes.items()}
     x = jax.ShapeDtypeStruct(export.symbolic_shape(sizes), jnp.float64)
     tree = normalized(fn, params, jnp.ones(inputs[1]))
-    assert wnjax.neurons(fn, params, x) == wnjax.neurons(fn, params, jnp.ones(inputs[1]))
+    assert wnjax.infer_axes(fn)(params, x) == wnjax.infer_axes(fn)(params, jnp.ones(inputs[1]))
     leaves, treedef = jax.tree.flatten(tree)
 
     def both(fn):
@@ -340,10 +340,10 @@ def test_an_unknown_operation_gets_the_folded_weight():
 
     params = {name: jax.random.normal(jax.random.key(i), (4, 4)) for i, name in enumerate("abc")}
     x = jnp.eye(4)
-    found = wnjax.neurons(fn, params, x)
+    found = wnjax.infer_axes(fn)(params, x)
     assert found["b"].reason == "unknown operation made_up"
     assert found["b"].lines[0].split(":")[0].endswith("test_wrap.py")
-    axes = found | {"b": wnjax.Neuron(1)}
+    axes = found | {"b": wnjax.Weight(1)}
     tree = jax.tree.map(lambda x: 1.5 * x, wnjax.weight_norm(params, axes))
     actual, expected = (
         jax.jit(jax.value_and_grad(lambda t, f=f: jnp.sum(jnp.sin(f(t)))))(tree)
@@ -458,7 +458,7 @@ def test_static_leaves_beside_nodes():
     def fn(params, x):
         return getattr(jax.nn, params["name"])(x @ params["w"] + params["eps"])
 
-    assert wnjax.neurons(fn, tree, jnp.ones((1, 3)))["eps"].reason == "not an array"
+    assert wnjax.infer_axes(fn)(tree, jnp.ones((1, 3)))["eps"].reason == "not an array"
     chex.assert_trees_all_close(wnjax.wrap(fn)(tree, jnp.ones((1, 3))), jnp.full((1, 3), 3.0))
 
 

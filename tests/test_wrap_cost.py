@@ -57,7 +57,7 @@ def test_cost(network, batch, monkeypatch):
 
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         params = jax.eval_shape(model.init, jax.random.key(0), inputs, train=False)["params"]
-        axes = wnjax.neurons(fn, params, inputs)
+        axes = wnjax.infer_axes(fn)(params, inputs)
         tree = jax.eval_shape(lambda p: wnjax.weight_norm(p, axes), params)
     plain = compiled_step(fn, params, inputs, labels)
     folded = compiled_step(lambda t, x: fn(wnjax.fold(t), x), tree, inputs, labels)

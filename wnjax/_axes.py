@@ -1,7 +1,7 @@
 """Which leaves are weights, and over which axes their norms run.
 
 Every form of the `axes` argument comes down to one decision for each leaf: a
-`Neuron` or a `NotNeuron`.
+`Weight` or a `NotWeight`.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ FeatureAxes: TypeAlias = int | tuple[int, ...]
 Axes: TypeAlias = (
     Mapping[str, FeatureAxes | None]
     | Callable[[str, Any], FeatureAxes | None]
-    | chex.ArrayTree  # of Neuron and NotNeuron
+    | chex.ArrayTree  # of Weight and NotWeight
     | None
 )
 
 
 @dataclasses.dataclass(frozen=True)
-class Neuron:
+class Weight:
     """A leaf that is the weight of neurons.
 
     Attributes:
@@ -43,7 +43,7 @@ class Neuron:
     >>> import jax.numpy as jnp
     >>> import wnjax
     >>> params = {"w": jnp.ones((3, 4)), "b": jnp.ones(4)}
-    >>> axes = {"w": wnjax.Neuron(feature_axes=-1, bias="b"), "b": wnjax.NotNeuron("bias")}
+    >>> axes = {"w": wnjax.Weight(feature_axes=-1, bias="b"), "b": wnjax.NotWeight("bias")}
     >>> wnjax.weight_norm(params, axes)["w"].g
     Array([[1.7320508, 1.7320508, 1.7320508, 1.7320508]], dtype=float32)
     """
@@ -54,17 +54,19 @@ class Neuron:
 
 
 @dataclasses.dataclass(frozen=True)
-class NotNeuron:
+class NotWeight:
     """A leaf that stays as it is.
 
     Attributes:
       reason: why, in one line.
       shape: the leaf's, if known.
       lines: where the user's code does what the reason says: file, line and function.
-      override: the argument of `neurons` that makes it a neuron's weight all the same.
+      override: the argument of `infer_axes` that makes it a neuron's weight all the same.
+      is_understood: whether the reason says what the leaf is: a bias, a scale, a lookup table, or
+        something else that is added. Otherwise it may be a weight that was not recognized.
 
     >>> import wnjax
-    >>> print(wnjax.summary({"b": wnjax.NotNeuron("bias")}))
+    >>> print(wnjax.summary({"b": wnjax.NotWeight("bias")}))
     leaf  neuron
     b     no: bias
     0 of 1 leaves are weights of neurons
@@ -74,6 +76,7 @@ class NotNeuron:
     shape: tuple[int, ...] | None = None
     lines: tuple[str, ...] = ()
     override: str | None = None
+    is_understood: bool = False
 
     def describe(self) -> str:
         """All of it in one line."""
@@ -82,7 +85,7 @@ class NotNeuron:
         return "; ".join(filter(None, (self.reason, shape, lines, self.override)))
 
 
-Decision = Neuron | NotNeuron
+Decision = Weight | NotWeight
 
 
 def decide(
@@ -113,11 +116,11 @@ def decide(
         decisions = [_by_callable(axes, path, leaf) for path, leaf in leaves]
     elif isinstance(axes, Mapping):
         chosen = by_patterns(axes, paths, "axes", is_part=is_part)
-        decisions = [decision or NotNeuron("no pattern matches") for decision in chosen]
+        decisions = [decision or NotWeight("no pattern matches") for decision in chosen]
     else:
         raise TypeError(
             "axes must be None, a dict from regular expressions to feature axes, a callable "
-            f"(path, leaf) -> feature axes, or a tree of Neuron and NotNeuron; got {axes!r}"
+            f"(path, leaf) -> feature axes, or a tree of Weight and NotWeight; got {axes!r}"
         )
     return [(*leaf, decision) for leaf, decision in zip(leaves, decisions, strict=True)]
 
@@ -135,10 +138,10 @@ def weights_of(params: chex.ArrayTree, axes: Axes) -> dict[int, tuple[int, ...]]
     weights = {
         i: canonical_axes(path, leaf, decision.feature_axes)
         for i, (path, leaf, decision) in decided
-        if isinstance(decision, Neuron)
+        if isinstance(decision, Weight)
     }
     if not weights and not is_part:
-        kept = [f"{path}: {d.reason}" for _, (path, _, d) in decided if isinstance(d, NotNeuron)]
+        kept = [f"{path}: {d.reason}" for _, (path, _, d) in decided if isinstance(d, NotWeight)]
         raise ValueError(f"no leaf is a weight; pass axes to choose them:{listing(kept)}")
     return weights
 
@@ -171,18 +174,18 @@ def by_flax_names(path: str, leaf: Any) -> Decision:
     *modules, name = path.split("/")
     rank = getattr(leaf, "ndim", 0)
     if name != "kernel":
-        return NotNeuron("not named kernel")
+        return NotWeight("not named kernel")
     if rank < 2:
-        return NotNeuron(f"has {rank} axes, fewer than two")
+        return NotWeight(f"has {rank} axes, fewer than two")
     is_projection = rank == 3 and modules[-1:] in (["query"], ["key"], ["value"])
-    return Neuron((-2, -1) if is_projection else (-1,))
+    return Weight((-2, -1) if is_projection else (-1,))
 
 
 def _by_callable(axes: Callable[[str, Any], Any], path: str, leaf: Any) -> Decision:
     feature_axes = axes(path, leaf)
     if feature_axes is None:
-        return NotNeuron("the axes function returned None")
-    return Neuron(feature_axes)
+        return NotWeight("the axes function returned None")
+    return Weight(feature_axes)
 
 
 def by_patterns(
@@ -232,8 +235,8 @@ def _by_pattern(patterns: Mapping[str, Any], pattern: str | None) -> Decision | 
     if pattern is None:
         return None
     if patterns[pattern] is None:
-        return NotNeuron(f"the pattern {pattern!r} says None")
-    return Neuron(patterns[pattern])
+        return NotWeight(f"the pattern {pattern!r} says None")
+    return Weight(patterns[pattern])
 
 
 def _compile(pattern: Any, argument: str) -> re.Pattern[str]:
@@ -258,7 +261,7 @@ def _by_tree(axes: Any, paths: list[str]) -> list[Decision]:
         raise ValueError(f"axes: the tree says nothing of these leaves:{listing(missing)}")
     for path, decision in decisions.items():
         if not isinstance(decision, Decision):
-            raise TypeError(f"axes: {path} must be a Neuron or a NotNeuron, got {decision!r}")
+            raise TypeError(f"axes: {path} must be a Weight or a NotWeight, got {decision!r}")
     return [decisions[path] for path in paths]
 
 

@@ -13,11 +13,11 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from wnjax._axes import NotNeuron, first_patterns
+from wnjax._axes import NotWeight, first_patterns
 from wnjax._axis_name import check_split
+from wnjax._infer_axes import Examined, decide_all, examine
 from wnjax._leaves import check_not_apart, flatten, listing, outer_box, rebox, unbox, unbox_node
 from wnjax._moments import AxisName, Minibatch
-from wnjax._neurons import Examined, decide_all, examine
 from wnjax._nodes import (
     LogWeightNorm,
     Node,
@@ -75,17 +75,17 @@ def _known(number: Any) -> int:
     return 0 if isinstance(number, jax.core.Tracer) else int(number)
 
 
-def data_init(  # noqa: PLR0913 - all but fn and params are options, by name
+def data_init(
     fn: Callable[..., Any],
-    params: chex.ArrayTree,
-    *args: Any,
+    *,
     std: float | Mapping[str, float] = 1.0,
     mask: Any = None,
     axis_name: AxisName = None,
     report: bool = False,
-    **kwargs: Any,
-) -> Any:
-    """Sets gains and biases so that pre-activations are standardized on one minibatch.
+) -> Callable[..., Any]:
+    """Makes a function that standardizes the pre-activations of `fn` on one minibatch.
+
+    It takes the arguments of `fn`, the minibatch among them, and sets gains and biases.
 
     For every neuron, in the order of computation, with moments over all examples and positions:
 
@@ -111,10 +111,7 @@ def data_init(  # noqa: PLR0913 - all but fn and params are options, by name
     key, and batch norm the mode, that training begins with: moments are of what `fn` computes.
 
     Args:
-      fn: the forward function or the loss, of plain weights, as for `neurons`.
-      params: plain parameters, of which all weights that `neurons` finds are initialized; or a
-        tree with nodes, of which the nodes are.
-      *args: further arguments of `fn`; the minibatch is among them, 100 examples or more.
+      fn: the forward function or the loss, of plain weights, as for `infer_axes`.
       std: what standard deviation to arrive at; or a dict to it from regular expressions, matched
         against the slash paths of weights, and 1 where none matches. With 1/√n for the last layers
         of n residual branches, or 0, the sum of the branches does not grow with n.
@@ -123,15 +120,18 @@ def data_init(  # noqa: PLR0913 - all but fn and params are options, by name
       axis_name: under `pmap`, `shard_map` or `vmap`, the axis over which the minibatch is split, so
         that all devices get the moments of the whole.
       report: whether to return what was done, too.
-      **kwargs: further keyword arguments of `fn`.
 
     Returns:
-      `params` with other gains and biases: the same structure, shapes and dtypes. With `report`,
-      a pair of it and a tree with an `Initialized` for every leaf, which `summary` prints.
+      A function of the arguments of `fn`. `params`, the first, is plain, and all weights that
+      `infer_axes` finds are initialized; or it is a tree with nodes, and the nodes are. The
+      minibatch has 100 examples or more. The function returns `params` with other gains and
+      biases: the same structure, shapes and dtypes. With `report` it returns a pair: that, and a
+      tree with an `Initialized` for every leaf, which `summary` prints.
 
     Raises:
-      ValueError: if there is nothing to initialize; if a pattern matches no leaf; if a mask does
-        not fit an output; if a standard deviation is negative; and as `neurons`.
+      ValueError: when that is called: if there is nothing to initialize; if a pattern matches no
+        leaf; if a mask does not fit an output; if a standard deviation is negative; and as
+        `infer_axes`.
 
     >>> import jax, jax.numpy as jnp, flax.linen as nn
     >>> import wnjax
@@ -139,7 +139,7 @@ def data_init(  # noqa: PLR0913 - all but fn and params are options, by name
     >>> def fn(params, x):
     ...     return model.apply({"params": params}, 3 * x + 1)
     >>> params = model.init(jax.random.key(1), x)["params"]
-    >>> params, report = wnjax.data_init(fn, params, x, report=True)
+    >>> params, report = wnjax.data_init(fn, report=True)(params, x)
     >>> print(wnjax.summary(report))
     leaf    data_init
     bias    bias of kernel
@@ -149,40 +149,44 @@ def data_init(  # noqa: PLR0913 - all but fn and params are options, by name
     >>> bool((abs(y.mean(0)) < 1e-5).all() and (abs(y.std(0) - 1) < 1e-5).all())
     True
     """
-    examined = examine(fn, params, *args, **kwargs)
-    given, treedef = flatten(params)
-    check_not_apart(given)
-    plan = _Plan(examined, [unbox_node(leaf) for _, leaf in given], std)
-    nodes = {i: plan.node(i, *given[i]) for i in plan.stds}
-    computed = {i: plan.in_range(i, node) for i, node in nodes.items()}
-    values = treedef.unflatten(
-        rebox(outer_box(leaf), computed[i].v) if i in computed else fold_leaf(path, leaf)
-        for i, (path, leaf) in enumerate(given)
-    )
-    standardization = Standardization(
-        Walk(examined.walk.shapes),
-        examined.traced.jaxpr,
-        plan.stds,
-        plan.biases,
-        Minibatch(None if mask is None else jnp.asarray(mask), axis_name),
-    )
-    known = examined.known(values, *args, **kwargs)
-    found = standardization.results(known, {i: scale(node) for i, node in computed.items()})
-    plan.warn(standardization.samples)
-    plan.warn_of_kept(found)
-    initialized = treedef.unflatten(
-        leaf
-        if i not in found
-        else _with_gains(leaf, nodes[i], _gains(computed[i], found[i]))
-        if i in nodes
-        else _with_bias(leaf, found[i])
-        for i, (_, leaf) in enumerate(given)
-    )
-    if not report:
-        return initialized
-    return initialized, treedef.unflatten(
-        plan.report(i, found, standardization.samples) for i in range(len(given))
-    )
+
+    def initialized(params: chex.ArrayTree, *args: Any, **kwargs: Any) -> Any:
+        examined = examine(fn, params, *args, **kwargs)
+        given, treedef = flatten(params)
+        check_not_apart(given)
+        plan = _Plan(examined, [unbox_node(leaf) for _, leaf in given], std)
+        nodes = {i: plan.node(i, *given[i]) for i in plan.stds}
+        computed = {i: plan.in_range(i, node) for i, node in nodes.items()}
+        values = treedef.unflatten(
+            rebox(outer_box(leaf), computed[i].v) if i in computed else fold_leaf(path, leaf)
+            for i, (path, leaf) in enumerate(given)
+        )
+        standardization = Standardization(
+            Walk(examined.walk.shapes),
+            examined.traced.jaxpr,
+            plan.stds,
+            plan.biases,
+            Minibatch(None if mask is None else jnp.asarray(mask), axis_name),
+        )
+        known = examined.known(values, *args, **kwargs)
+        found = standardization.results(known, {i: scale(node) for i, node in computed.items()})
+        plan.warn(standardization.samples)
+        plan.warn_of_kept(found)
+        result = treedef.unflatten(
+            leaf
+            if i not in found
+            else _with_gains(leaf, nodes[i], _gains(computed[i], found[i]))
+            if i in nodes
+            else _with_bias(leaf, found[i])
+            for i, (_, leaf) in enumerate(given)
+        )
+        if not report:
+            return result
+        return result, treedef.unflatten(
+            plan.report(i, found, standardization.samples) for i in range(len(given))
+        )
+
+    return initialized
 
 
 class _Plan:
@@ -226,7 +230,7 @@ class _Plan:
     def _obstacle(self, leaf: int) -> str | None:
         """Why a leaf cannot be initialized; None if it can."""
         decision, uses, node = self.decisions[leaf], self.uses[leaf], self.nodes[leaf]
-        if isinstance(decision, NotNeuron):
+        if isinstance(decision, NotWeight):
             return decision.reason
         if node is None and any(self.nodes):
             return "not normalized"
@@ -256,7 +260,7 @@ class _Plan:
     def _bias(self, leaf: int) -> int | None:
         """The bias of a weight, if it is one and nothing else."""
         decision = self.decisions[leaf]
-        if isinstance(decision, NotNeuron) or decision.bias is None:
+        if isinstance(decision, NotWeight) or decision.bias is None:
             return None
         bias = self.paths.index(decision.bias)
         is_alone = len(self.notes[bias]) == 1 and not self.uses[bias]
@@ -318,7 +322,7 @@ class _Plan:
         """Whether a leaf is one to initialize, if that can be done."""
         if any(self.nodes):
             return self.nodes[leaf] is not None
-        return not isinstance(self.decisions[leaf], NotNeuron)
+        return not isinstance(self.decisions[leaf], NotWeight)
 
     def report(
         self, leaf: int, found: Mapping[int, Found], samples: Mapping[int, int]

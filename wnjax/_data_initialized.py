@@ -97,7 +97,7 @@ def data_initialized(
             return inner.update(updates, state.inner, params, **extra)
 
         def initialize() -> Any:
-            new = data_init(fn, params, batch, **options)
+            new = data_init(fn, **options)(params, batch)
             like = jax.eval_shape(step)[0]
             change = jax.tree.map(lambda a, b, x: (a - b).astype(x.dtype), new, params, like)
             return change, state.inner

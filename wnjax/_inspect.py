@@ -10,7 +10,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from wnjax._axes import Decision, Neuron
+from wnjax._axes import Decision, Weight
 from wnjax._axis_name import AxisName, split_over
 from wnjax._data_init import Initialized
 from wnjax._leaves import check_not_apart, flatten, unbox, unbox_node
@@ -20,7 +20,7 @@ from wnjax._nodes import (
     fan_in_axes,
     gain,
     in_range,
-    is_node,
+    is_weight_norm,
     over_root,
     root,
     squared_norm_of,
@@ -32,7 +32,7 @@ def summary(tree: chex.ArrayTree) -> str:
     """What is normalized in `tree` and what is not and why, as a table with a line per leaf.
 
     Args:
-      tree: any tree of arrays and nodes; or a tree of `Neuron` and `NotNeuron`, for which
+      tree: any tree of arrays and nodes; or a tree of `Weight` and `NotWeight`, for which
         the table gives the feature axes, the biases and the reasons; or the report of `data_init`.
 
     Returns:
@@ -63,11 +63,11 @@ def summary(tree: chex.ArrayTree) -> str:
 def _node_table(leaves: list[tuple[str, Any]]) -> str:
     rows = [("leaf", "shape", "dtype", "normalized")]
     for path, leaf in leaves:
-        array = leaf.v if is_node(leaf) else leaf
+        array = leaf.v if is_weight_norm(leaf) else leaf
         shape, dtype = getattr(array, "shape", "-"), getattr(array, "dtype", "-")
         rows.append((path, str(shape), str(dtype), _describe(leaf)))
-    nodes = [leaf for _, leaf in leaves if is_node(leaf)]
-    others = [leaf for _, leaf in leaves if not is_node(leaf)]
+    nodes = [leaf for _, leaf in leaves if is_weight_norm(leaf)]
+    others = [leaf for _, leaf in leaves if not is_weight_norm(leaf)]
     neurons, numbers = sum(_size(node[0]) for node in nodes), sum(_size(node.v) for node in nodes)
     return (
         f"{_columns(rows)}\n{len(nodes)} of {len(leaves)} leaves normalized: {neurons:,} neurons, "
@@ -80,7 +80,7 @@ def _size(leaf: Any) -> int:
 
 
 def _describe(leaf: Any) -> str:
-    if is_node(leaf):
+    if is_weight_norm(leaf):
         logarithmic = ", log scale" if isinstance(leaf, LogWeightNorm) else ""
         return f"{_size(leaf[0]):,} neurons, norm over axes {fan_in_axes(leaf)}{logarithmic}"
     if not is_array(leaf):
@@ -93,13 +93,13 @@ def _describe(leaf: Any) -> str:
 def _decision_table(leaves: list[tuple[str, Decision]]) -> str:
     rows = [("leaf", "neuron")]
     for path, decision in leaves:
-        if isinstance(decision, Neuron):
+        if isinstance(decision, Weight):
             bias = f", bias {decision.bias}" if decision.bias else ""
             operation = f", by {decision.operation}" if decision.operation else ""
             rows.append((path, f"feature axes {decision.feature_axes}{bias}{operation}"))
         else:
             rows.append((path, f"no: {decision.describe()}"))
-    neurons = sum(isinstance(decision, Neuron) for _, decision in leaves)
+    neurons = sum(isinstance(decision, Weight) for _, decision in leaves)
     return f"{_columns(rows)}\n{neurons} of {len(leaves)} leaves are weights of neurons"
 
 
@@ -149,12 +149,12 @@ def labels(tree: chex.ArrayTree) -> chex.ArrayTree:
     check_not_apart(flatten(tree)[0])
 
     def label(x: Any) -> Any:
-        if not is_node(x):
+        if not is_weight_norm(x):
             return "other"
         relabel = [jax.tree.map(lambda _, name=name: name, x[i]) for i, name in enumerate("gv")]
         return type(x)(*relabel)
 
-    return jax.tree.map(label, tree, is_leaf=is_node)
+    return jax.tree.map(label, tree, is_leaf=is_weight_norm)
 
 
 def norms(tree: chex.ArrayTree, *, axis_name: AxisName = None) -> dict[str, dict[str, jax.Array]]:

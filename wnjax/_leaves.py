@@ -11,7 +11,7 @@ from flax import linen as nn
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from wnjax._nodes import NODES, Node, is_node
+from wnjax._nodes import NODES, Node, is_weight_norm
 
 NNXMeta = nnx.bridge.NNXMeta
 APART = "gain_of_weight_norm"  # in the metadata of a gain that is apart from its v
@@ -80,7 +80,7 @@ def box_node(box: Any, node: Node, feature_axes: Collection[int]) -> Any:
 def flatten(tree: Any) -> tuple[list[tuple[str, Any]], Any]:
     """The (slash path, leaf) pairs of `tree`, and its treedef. Boxes and nodes are leaves."""
     pairs, treedef = jax.tree_util.tree_flatten_with_path(
-        tree, is_leaf=lambda x: is_box(x) or is_node(x)
+        tree, is_leaf=lambda x: is_box(x) or is_weight_norm(x)
     )
     if any(NODES & _types(kept) for _, kept in _flattened(treedef)):
         check_holds_nodes(treedef)
@@ -144,12 +144,12 @@ def check_not_apart(leaves: Iterable[tuple[str, Any]]) -> None:
 def unbox_node(leaf: Any) -> Any:
     """The node that a leaf is or holds, without boxes; None where there is none."""
     node = unbox(leaf)
-    return type(node)(*map(unbox, node)) if is_node(node) else None
+    return type(node)(*map(unbox, node)) if is_weight_norm(node) else None
 
 
 def outer_box(leaf: Any) -> Any:
     """The box in which a leaf is; that of v where a node has its boxes inside."""
-    return leaf.v if is_node(leaf) else leaf
+    return leaf.v if is_weight_norm(leaf) else leaf
 
 
 def listing(paths: Iterable[str], most: int = 8) -> str:

@@ -62,7 +62,21 @@ for _node in NODES:
     jax.export.register_namedtuple_serialization(_node, serialized_name=f"wnjax.{_node.__name__}")
 
 
-def is_node(x: Any) -> TypeGuard[Node]:
+def is_weight_norm(x: Any) -> TypeGuard[Node]:
+    """Whether `x` is a `WeightNorm` or a `LogWeightNorm`.
+
+    Args:
+      x: anything; most often a vertex of a tree, for `is_leaf=`.
+
+    Returns:
+      A boolean, which type checkers understand.
+
+    >>> import jax, jax.numpy as jnp
+    >>> import wnjax
+    >>> params = wnjax.weight_norm({"kernel": jnp.ones((3, 4)), "bias": jnp.zeros(4)})
+    >>> jax.tree.map(wnjax.is_weight_norm, params, is_leaf=wnjax.is_weight_norm)
+    {'bias': False, 'kernel': True}
+    """
     return isinstance(x, Node)
 
 

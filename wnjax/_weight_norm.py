@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from wnjax._axes import Axes, Neuron, NotNeuron, canonical_axes, decide
+from wnjax._axes import Axes, NotWeight, Weight, canonical_axes, decide
 from wnjax._axis_name import AxisName, split_over
 from wnjax._leaves import (
     box_node,
@@ -86,7 +86,7 @@ def weight_norm(
         * a dict from regular expressions, matched against the whole slash path, to feature
           axes, or to None for a leaf to be kept; the first match wins.
         * a callable `(path, leaf) -> feature axes or None`.
-        * a tree with `Neuron` and `NotNeuron` as leaves, shaped like `params`, or like a tree of
+        * a tree with `Weight` and `NotWeight` as leaves, shaped like `params`, or like a tree of
           which these are a part.
 
         Feature axes are an int or a tuple of ints; `()` gives the whole leaf one norm.
@@ -133,14 +133,14 @@ def weight_norm(
             f"these leaves are weight-norm nodes already; fold(params) first:{listing(normalized)}"
         )
     decisions = decide(params, axes)
-    kept = [f"{path}: {what.reason}" for path, _, what in decisions if isinstance(what, NotNeuron)]
+    kept = [f"{path}: {what.reason}" for path, _, what in decisions if isinstance(what, NotWeight)]
     if len(kept) == len(decisions):
         raise ValueError(f"no leaf is a weight; pass axes to choose them:{listing(kept)}")
-    weights = {i: (None, w) for i, (_, w, d) in enumerate(decisions) if isinstance(d, Neuron)}
+    weights = {i: (None, w) for i, (_, w, d) in enumerate(decisions) if isinstance(d, Weight)}
     mesh_axes = split_over(axis_name, [path for path, _ in boxes], weights)
     return treedef.unflatten(
         _normalize(path, box, decision.feature_axes, log_scale, mesh_axes[i])
-        if isinstance(decision, Neuron)
+        if isinstance(decision, Weight)
         else rebox(box, leaf)
         for i, ((_, box), (path, leaf, decision)) in enumerate(zip(boxes, decisions, strict=True))
     )

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 
 from wnjax._axis_name import AxisName, split_over
 from wnjax._evaluate import evaluate
+from wnjax._infer_axes import examine
 from wnjax._leaves import flatten, outer_box, rebox, unbox, unbox_node
-from wnjax._neurons import examine
 from wnjax._nodes import Node, gain_axes, scale, weight
 from wnjax._riding import is_alone
 from wnjax._walk.rules import is_narrow
@@ -66,7 +66,7 @@ def wrap(fn: Callable[..., Any], *, axis_name: AxisName = None) -> Callable[...,
     >>> def fn(params, x):
     ...     return model.apply({"params": params}, x)
     >>> params = model.init(jax.random.key(0), x)["params"]
-    >>> normalized = wnjax.weight_norm(params, axes=wnjax.neurons(fn, params, x))
+    >>> normalized = wnjax.weight_norm(params, axes=wnjax.infer_axes(fn)(params, x))
     >>> y = jax.jit(wnjax.wrap(fn))(normalized, x)
     >>> bool(jnp.allclose(y, fn(params, x), rtol=1e-6))
     True

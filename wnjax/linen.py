@@ -13,11 +13,11 @@ import jax.numpy as jnp
 from flax.core import lift
 from flax.linen import transforms
 
-from wnjax._axes import Axes, Neuron, decide
+from wnjax._axes import Axes, Weight, decide
 from wnjax._check_module import check_module
+from wnjax._infer_axes import infer_axes
 from wnjax._leaves import flatten
 from wnjax._mean_only import batch_mean, canonical, centered, running
-from wnjax._neurons import neurons
 from wnjax._nodes import norm_dtype
 from wnjax._weight_norm import fold, weight_norm
 from wnjax._wrap import wrap
@@ -39,7 +39,7 @@ class WeightNorm(nn.Module):
     Attributes:
       layer_instance: the module: a layer, or a whole network.
       axes: which of its parameters are weights, in any form that `weight_norm` takes, with
-        paths inside the module; `"traced"` finds them by `neurons`.
+        paths inside the module; `"traced"` finds them by `infer_axes`.
 
     >>> import jax, jax.numpy as jnp, flax.linen as nn
     >>> import wnjax
@@ -95,7 +95,7 @@ class WeightNorm(nn.Module):
 
         Raises:
           ValueError: when the parameters are made: if none of them is a weight, or if the axes
-            do not fit them; see `weight_norm` and `neurons`.
+            do not fit them; see `weight_norm` and `infer_axes`.
         """
 
         def call(layer: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -118,7 +118,8 @@ def _normalized(fn: Callable[..., Any], axes: Axes | str, init: bool) -> Callabl
 
         if init:
             _, (plain, _) = run(fold(params), others, call)
-            params = _with_new(params, plain, axes, lambda plain: neurons(run, plain, others, call))
+            infer = infer_axes(run)
+            params = _with_new(params, plain, axes, lambda plain: infer(plain, others, call))
         y, (_, others) = wrap(run)(params, others, call)
         return y, (params, others)
 
@@ -133,7 +134,7 @@ def _with_new(params: Any, plain: Any, axes: Any, find: Callable[[Any], Any]) ->
         return params
     found = _inside(find(plain)) if axes == "traced" else axes
     decisions = {path: what for path, _, what in decide(_inside(plain), found) if path in new}
-    if old and not any(isinstance(what, Neuron) for what in decisions.values()):
+    if old and not any(isinstance(what, Weight) for what in decisions.values()):
         normalized = new
     else:
         normalized = weight_norm(new, decisions)

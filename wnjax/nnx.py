@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from wnjax._axes import Axes, Neuron, canonical_axes, decide
+from wnjax._axes import Axes, Weight, canonical_axes, decide
 from wnjax._axis_name import check_split
 from wnjax._check_module import check_module
+from wnjax._infer_axes import infer_axes
 from wnjax._leaves import as_apart, box_node, flatten, listing, rebox, unbox, unbox_node
 from wnjax._mean_only import batch_mean, canonical, centered, running
-from wnjax._neurons import neurons
 from wnjax._nodes import LogWeightNorm, fan_in_axes, gain_axes
 from wnjax._nodes import WeightNorm as Node
 from wnjax._weight_norm import fold, weight_norm
@@ -64,7 +64,7 @@ class WeightNorm(nnx.Module):
         Args:
           layer_instance: the module: a layer, or a whole network. It becomes part of this one.
           axes: which of its Params are weights, in any form that `wnjax.weight_norm` takes, with
-            paths inside the module; `"traced"` finds them by `wnjax.neurons` at the first call.
+            paths inside the module; `"traced"` finds them by `wnjax.infer_axes` at the first call.
 
         Raises:
           ValueError: if no Param is a weight, or if the axes do not fit; see `weight_norm`. If
@@ -82,7 +82,7 @@ class WeightNorm(nnx.Module):
             return
         chosen: Any = None if self.needs_check else axes
         decisions = decide(params, chosen)
-        if not self.needs_check or any(isinstance(what, Neuron) for _, _, what in decisions):
+        if not self.needs_check or any(isinstance(what, Weight) for _, _, what in decisions):
             self._take(weight_norm(params, chosen))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -180,7 +180,7 @@ class WeightNorm(nnx.Module):
         features = {
             path: canonical_axes(path, leaf, what.feature_axes)
             for path, leaf, what in decide(params, found)
-            if isinstance(what, Neuron)
+            if isinstance(what, Weight)
         }
         weights = {path: unbox(box) for path, box in flatten(params)[0]}
         wanted = {
@@ -212,7 +212,7 @@ def _traced(layer: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
         result = _call(merged, args, kwargs)
         return result, nnx.state(merged, nnx.Not(nnx.Param))
 
-    return params, neurons(fn, params, rest, args, kwargs)
+    return params, infer_axes(fn)(params, rest, args, kwargs)
 
 
 def _changed(layer: Any, before: Any) -> Any:

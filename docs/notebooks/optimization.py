@@ -47,7 +47,7 @@ RATES, SEEDS, STEPS = np.geomspace(0.01, 10, 13, dtype=np.float32), 7, 200
 kernels = 0.05 * jax.random.normal(jax.random.key(1), (SEEDS, 16, 16))
 starts = {"kernel": kernels, "bias": jnp.zeros((SEEDS, 16))}
 batches_of_100 = jax.random.randint(jax.random.key(2), (SEEDS, STEPS, 100), 0, len(x))
-axes = wnjax.neurons(layer, jax.tree.map(lambda p: p[0], starts), x)
+axes = wnjax.infer_axes(layer)(jax.tree.map(lambda p: p[0], starts), x)
 wn_layer = wnjax.wrap(layer)
 
 

@@ -125,14 +125,14 @@ def test_generative_networks(name):
     assert {key: x.shape for key, x in found.items()} == {"reconstruction": (4,), "kl": (4,)}
     loss = jax.grad(lambda p: sum(x.sum() for x in terms(p, images).values()))
     grads = jax.jit(loss)(params)
-    axes = wnjax.neurons(terms, params, images)
+    axes = wnjax.infer_axes(terms)(params, images)
     pairs = jax.tree_util.tree_leaves_with_path(grads)
     kernels = [(p, g) for p, g in pairs if p[-1].key == "kernel"]
     assert kernels
     for path, grad in kernels:
         assert jnp.isfinite(grad).all(), path
         assert (grad != 0).any(), path
-    neurons = [path for path, one in _decisions(axes) if isinstance(one, wnjax.Neuron)]
+    neurons = [path for path, one in _decisions(axes) if isinstance(one, wnjax.Weight)]
     assert len(neurons) == len(kernels)
 
     def draw(method, argument):
@@ -151,7 +151,7 @@ def test_generative_networks(name):
 
 
 def _decisions(axes):
-    kinds = wnjax.Neuron, wnjax.NotNeuron
+    kinds = wnjax.Weight, wnjax.NotWeight
     return jax.tree_util.tree_leaves_with_path(axes, is_leaf=lambda x: isinstance(x, kinds))
 
 

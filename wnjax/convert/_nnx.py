@@ -13,7 +13,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from wnjax._axes import FeatureAxes
 from wnjax._leaves import as_apart, box_node, listing, rebox, unbox
-from wnjax._nodes import is_node
+from wnjax._nodes import is_weight_norm
 from wnjax.convert._scales import Key, as_path, features_of, gain_of, node_of, parts_of
 from wnjax.nnx import WeightNorm as NNXWeightNorm
 
@@ -122,7 +122,7 @@ def _nnx_state(flat: dict[Key, Any], feature_axes: Any, epsilon: float) -> dict[
         if len(features) == node.v.ndim:
             raise ValueError(f"{as_path(weight)} has no fan-in axis, over which to take a norm")
         boxed = box_node(box, node, features)
-        g, v = boxed if is_node(boxed) else (rebox(box, node.g), rebox(box, node.v))
+        g, v = boxed if is_weight_norm(boxed) else (rebox(box, node.g), rebox(box, node.v))
         result[*outer, "g", *map(str, weight[len(outer) + 1 :])] = as_apart(g)
         result[weight] = v
     if result.keys() == flat.keys():

@@ -8,7 +8,7 @@ from typing import Any
 
 import chex
 
-from wnjax._neurons import examine
+from wnjax._infer_axes import examine
 from wnjax._walk.layout import Atom, Axis
 from wnjax._walk.tracks import Info, Track, Use
 from wnjax._walk.walker import Walk
@@ -26,7 +26,7 @@ def infer_layouts(
     which it is. Nothing is computed: tracing needs shapes and dtypes alone.
 
     Args:
-      fn: the forward function, as for `wnjax.neurons`, such as
+      fn: the forward function, as for `wnjax.infer_axes`, such as
         `lambda params, x: model.apply({"params": params}, x)`.
       params: the tree that is to be filled or written: its arrays, or their
         `jax.ShapeDtypeStruct`s; parameters, or whole Linen variables.

@@ -1,8 +1,9 @@
-"""`neurons`: what every leaf of the parameters is, read off the computation."""
+"""`infer_axes`: what every leaf of the parameters is, read off the computation."""
 
 from __future__ import annotations
 
 import collections
+import dataclasses
 import functools
 import re
 import warnings
@@ -14,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
-from wnjax._axes import Decision, FeatureAxes, Neuron, NotNeuron, by_patterns, canonical_axes
+from wnjax._axes import Decision, FeatureAxes, NotWeight, Weight, by_patterns, canonical_axes
 from wnjax._leaves import flatten, listing, map_leaves, outer_box, rebox, unbox, unbox_node
 from wnjax._walk.trace import Traced, is_array, trace
 from wnjax._walk.tracks import ACTIVATION, DATA, Info, Note, Site, Use
@@ -23,24 +24,23 @@ from wnjax._weight_norm import fold_leaf
 
 # Of several things that happen to a leaf, the one that says best what it is.
 _TELLING = ("lookup table", "bias", "product of two parameters", "scale", "added")
+_UNDERSTOOD = ("lookup table", "bias", "scale", "added")
 
 
-def neurons(
+def infer_axes(
     fn: Callable[..., Any],
-    params: chex.ArrayTree,
-    *args: Any,
+    *,
     overrides: Mapping[str, FeatureAxes | None] | None = None,
     strict: bool = False,
-    **kwargs: Any,
-) -> chex.ArrayTree:
-    """Finds out what every leaf of `params` is, by tracing `fn(params, *args, **kwargs)`.
+) -> Callable[..., Any]:
+    """Makes a function that tells what every leaf of the parameters of `fn` is.
 
-    A weight of neurons is what a matrix product or a convolution sums over some axes of;
-    these are its fan-in axes, all others its feature axes. They are read off the
-    computation, through reshapes, transposes, casts, scans and the like, so that they are
-    right for any layer: attention heads, scanned and vmapped stacks, experts, einsum,
-    transposed convolutions, tied embeddings. What is not understood is not guessed, but
-    reported. Nothing is computed: tracing needs shapes and dtypes alone.
+    It takes the arguments of `fn`, and traces `fn(params, *args, **kwargs)`. A weight of neurons is
+    what a matrix product or a convolution sums over some axes of; these are its fan-in axes, all
+    others its feature axes. They are read off the computation, through reshapes, transposes, casts,
+    scans and the like, so that they are right for any layer: attention heads, scanned and vmapped
+    stacks, experts, einsum, transposed convolutions, tied embeddings. What is not understood is
+    not guessed, but reported. Nothing is computed: tracing needs shapes and dtypes alone.
 
     One call of `einsum`, with its subscripts in a string, is one sum, whatever the order of its
     products: in a bilinear layer, `einsum("bi,bj,ijo->bo", x, y, w)`, w has the fan-in axes 0 and
@@ -54,53 +54,55 @@ def neurons(
     Args:
       fn: the forward function, of plain weights, such as
         `lambda params, x: model.apply({"params": params}, x)`. Not a gradient or train step.
-      params: any pytree of arrays, or of their `jax.ShapeDtypeStruct`s, with or without
-        Flax boxes; with nodes, `fn` gets their weights.
-      *args: further arguments of `fn`: arrays or `jax.ShapeDtypeStruct`s, with a batch
-        of two or more where there is one. Anything else, such as `train=True`, is static.
       overrides: from regular expressions, matched against the whole slash path, to feature
         axes, or to None for "not this one"; the first match wins, over what was traced.
-      strict: whether to refuse a tree in which a leaf with two or more axes is `NotNeuron`
-        and no override says so.
-      **kwargs: further keyword arguments of `fn`.
+      strict: whether to refuse a tree with a leaf of two or more axes that was not understood, and
+        of which no override speaks. Biases, scales and lookup tables are understood.
 
     Returns:
-      A tree shaped like `params` with a `Neuron` or a `NotNeuron` for every leaf, to be given
-      to `weight_norm(params, axes=...)` or printed by `summary`.
+      A function of the arguments of `fn`. `params`, the first, is any pytree of arrays, or of their
+      `jax.ShapeDtypeStruct`s, with or without Flax boxes; with nodes, `fn` gets their weights. The
+      others are arrays or `jax.ShapeDtypeStruct`s, with a batch of two or more where there is one;
+      anything else, such as `train=True`, is static. It returns a tree shaped like `params` with a
+      `Weight` or a `NotWeight` for every leaf, to be given to `weight_norm(params, axes=...)` or
+      printed by `summary`.
 
     Raises:
-      ValueError: if `fn` returns gradients or new parameters, if it needs values of the
-        data, if it uses axis names that nothing binds, if an override matches no leaf or does
-        not fit it, or if `strict` and leaves were refused; the message lists all of them.
+      ValueError: when that is called: if `fn` returns gradients or new parameters, if it needs
+        values of the data, if it uses axis names that nothing binds, if an override matches no leaf
+        or does not fit it, or if `strict` and leaves were refused; the message lists all of them.
 
     >>> import jax, jax.numpy as jnp, flax.linen as nn
     >>> import wnjax
     >>> model = nn.MultiHeadDotProductAttention(num_heads=2)
     >>> x = jnp.ones((2, 3, 8))
     >>> params = model.init(jax.random.key(0), x)["params"]
-    >>> axes = wnjax.neurons(lambda p, x: model.apply({"params": p}, x), params, x)
+    >>> axes = wnjax.infer_axes(lambda p, x: model.apply({"params": p}, x))(params, x)
     >>> axes["query"]["kernel"]  # (8, 2, 4): inputs, heads, features of a head
-    Neuron(feature_axes=(1, 2), bias='query/bias', operation='dot_general')
+    Weight(feature_axes=(1, 2), bias='query/bias', operation='dot_general')
     >>> axes["out"]["kernel"].feature_axes  # (2, 4, 8): heads, features of a head, outputs
     (2,)
     >>> axes["out"]["bias"].reason
     'bias of out/kernel'
     """
-    leaves, treedef = flatten(params)
-    examined = examine(fn, params, *args, **kwargs)
-    _refuse_gradients(examined)
-    paths, arrays = examined.paths, examined.arrays
-    traced = decide_all(examined)
-    decisions = _overridden(traced, overrides, paths, arrays)
-    _warn_of_masks(
-        examined, [i for i, d in enumerate(decisions) if d is traced[i] and isinstance(d, Neuron)]
-    )
-    if strict:
-        _refuse_refusals(decisions, paths, arrays)
-    return treedef.unflatten(
-        rebox(outer_box(box), decision)
-        for (_, box), decision in zip(leaves, decisions, strict=True)
-    )
+
+    def inferred(params: chex.ArrayTree, *args: Any, **kwargs: Any) -> chex.ArrayTree:
+        leaves, treedef = flatten(params)
+        examined = examine(fn, params, *args, **kwargs)
+        _refuse_gradients(examined)
+        paths, arrays = examined.paths, examined.arrays
+        traced = decide_all(examined)
+        decisions = _overridden(traced, overrides, paths, arrays)
+        kept = (i for i, decision in enumerate(decisions) if decision is traced[i])
+        _warn_of_masks(examined, [i for i in kept if isinstance(decisions[i], Weight)])
+        if strict:
+            _refuse_refusals(decisions, paths)
+        return treedef.unflatten(
+            rebox(outer_box(box), decision)
+            for (_, box), decision in zip(leaves, decisions, strict=True)
+        )
+
+    return inferred
 
 
 class Examined(NamedTuple):
@@ -185,7 +187,7 @@ def _warn_of_masks(examined: Examined, leaves: Sequence[int]) -> None:
     lines = {use.leaf: use.site.line for use in examined.walk.uses if use.is_masked}
     if masked := [f"{examined.paths[leaf]}: at {lines[leaf]}" for leaf in leaves if leaf in lines]:
         warnings.warn(
-            "neurons: a constant array that varies along their fan-in axes, such as a mask, "
+            "infer_axes: a constant array that varies along their fan-in axes, such as a mask, "
             "multiplies these weights, and their norms count the masked entries too. Multiply the "
             "weights by the mask once, before weight_norm, and leave it in fn: masked entries then "
             "stay 0. Once that is done, name the leaves in overrides, with their feature axes:"
@@ -219,7 +221,7 @@ class _Verdicts:
     def _decide(self, leaf: int) -> Decision:
         uses, array = self.uses[leaf], self.arrays[leaf]
         if not is_array(array):
-            return NotNeuron("not an array")
+            return NotWeight("not an array")
         if not jnp.issubdtype(array.dtype, jnp.floating):
             return self._refuse(leaf, f"not floating-point but {array.dtype}", [])
         if not uses:
@@ -237,7 +239,7 @@ class _Verdicts:
         bias = self._only_bias(leaf)
         operations = dict.fromkeys(use.site.operation for use in uses)
         mask = ["masked"] if any(use.is_masked for use in uses) else []
-        return Neuron(next(iter(roles)), bias, ", ".join([*operations, *mask]))
+        return Weight(next(iter(roles)), bias, ", ".join([*operations, *mask]))
 
     def _features(self, use: Use) -> tuple[int, ...]:
         return tuple(sorted(use.features - use.fan_in))
@@ -246,7 +248,7 @@ class _Verdicts:
         biases = [bias for bias in self.biases[leaf] if len(self.weights[bias]) == 1]
         return self.paths[biases[0]] if len(self.biases[leaf]) == len(biases) == 1 else None
 
-    def _without_uses(self, leaf: int) -> NotNeuron:
+    def _without_uses(self, leaf: int) -> NotWeight:
         notes = self.notes[leaf]
         if not notes:
             return self._refuse(leaf, "unused by the output", [])
@@ -261,18 +263,19 @@ class _Verdicts:
             weights = sorted(self.paths[weight] for weight in self.weights[leaf])
             what = "bias of" if len(weights) == 1 else "added to the sums of"
             reason = f"{what} {', '.join(weights)}"
-        return self._refuse(leaf, reason, [note.site])
+        refusal = self._refuse(leaf, reason, [note.site])
+        return dataclasses.replace(refusal, is_understood=note.kind.startswith(_UNDERSTOOD))
 
     def _refuse(
         self, leaf: int, reason: str, sites: list[Site], features: tuple[int, ...] | None = None
-    ) -> NotNeuron:
+    ) -> NotWeight:
         shape = tuple(self.arrays[leaf].shape)
         override = None
         if len(shape) > 1:
             axes = features if features and len(features) < len(shape) else "feature_axes"
             override = f"overrides={{{re.escape(self.paths[leaf])!r}: {axes}}}"
         lines = tuple(dict.fromkeys(site.line for site in sites))
-        return NotNeuron(reason, shape, lines, override)
+        return NotWeight(reason, shape, lines, override)
 
 
 def _overridden(
@@ -288,27 +291,25 @@ def _overridden(
     for path, array, traced, override in zip(paths, arrays, decisions, chosen, strict=True):
         if override is None:
             result.append(traced)
-        elif isinstance(override, Neuron):
+        elif isinstance(override, Weight):
             features = canonical_axes(path, array, override.feature_axes)
-            known = traced if isinstance(traced, Neuron) else Neuron(features)
-            result.append(Neuron(features, known.bias, known.operation))
+            known = traced if isinstance(traced, Weight) else Weight(features)
+            result.append(Weight(features, known.bias, known.operation))
         else:
             result.append(override)
     return result
 
 
-def _refuse_refusals(
-    decisions: Sequence[Decision], paths: Sequence[str], arrays: Sequence[Any]
-) -> None:
+def _refuse_refusals(decisions: Sequence[Decision], paths: Sequence[str]) -> None:
     refused = [
         f"{path}: {decision.describe()}"
-        for path, array, decision in zip(paths, arrays, decisions, strict=True)
-        if isinstance(decision, NotNeuron) and decision.override and len(array.shape) > 1
+        for path, decision in zip(paths, decisions, strict=True)
+        if isinstance(decision, NotWeight) and decision.override and not decision.is_understood
     ]
     if refused:
         raise ValueError(
-            f"strict: {len(refused)} leaves with two or more axes are no weights of neurons. Give "
-            "their feature axes, or None to keep them plain, by overrides:"
+            f"strict: {len(refused)} leaves with two or more axes were not understood. Give their "
+            "feature axes, or None to keep them plain, by overrides:"
             + listing(refused, most=len(refused))
         )
 
