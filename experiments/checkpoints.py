@@ -33,7 +33,7 @@ class Checkpoints:
     """Those of one run; a context, which waits for what is still being written."""
 
     def __init__(self, workdir: Path):
-        """Opens the checkpoints in `workdir`, of which there may be none.
+        """Opens the checkpoints in `workdir`; there may be none.
 
         Raises:
           CheckpointError: if their directory cannot be made or read.
@@ -151,7 +151,7 @@ class Checkpoints:
             raise CheckpointError(
                 f"a checkpoint in {self.folder} cannot be {what}: {_reason(error)}. The whole ones "
                 "are kept: free space on the disk, or make the directory writable, and the same "
-                "command goes on from the last one"
+                "command resumes from the last one"
             ) from error
 
 

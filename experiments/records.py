@@ -393,7 +393,7 @@ def read_metrics(workdir: Path) -> list[dict[str, Any]]:
 
 
 def read_lines(workdir: Path, needed: Sequence[str] = ("step",)) -> list[dict[str, Any]]:
-    """The lines of the metrics, of which there may be none, without a last one that was cut off.
+    """The lines of the metrics, without a last one that was cut off. There may be none.
 
     Raises:
       RecordError: if the file cannot be read, or a line before the last one is damaged: it is no

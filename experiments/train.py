@@ -205,7 +205,7 @@ def last_states(
             return step, states
     if reasons:
         raise records.RecordError(
-            f"{workdir} cannot be gone on with: {'; '.join(reasons)}. Put a copy of the files "
+            f"{workdir} cannot be resumed: {'; '.join(reasons)}. Put a copy of the files "
             f"back, or delete {workdir} to begin anew"
         )
     return None, states

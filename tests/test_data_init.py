@@ -513,7 +513,9 @@ def test_loops_of_one_step_share_no_weights(inside):
 
     def layers(params, x):
         def layer(x, p):
-            body = lambda x: jnp.tanh(dense(p, x))  # noqa: E731
+            def body(x):
+                return jnp.tanh(dense(p, x))
+
             return (jax.lax.map(body, x[None])[0] if inside else body(x)), None
 
         return jax.lax.scan(layer, x, params)[0]

@@ -123,7 +123,7 @@ def test_without_a_whole_checkpoint_nothing_is_gone_on_with(workdir):
     before = on_disk(workdir)
     with pytest.raises(
         records.RecordError,
-        match=r"cannot be gone on with: .*checkpoints/20 cannot be restored: FileNotFoundError.*; "
+        match=r"cannot be resumed: .*checkpoints/20 cannot be restored: FileNotFoundError.*; "
         r".*checkpoints/10 cannot .*Put a copy of the files back, or delete .* to begin anew",
     ):
         last(workdir)

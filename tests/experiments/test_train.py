@@ -182,7 +182,7 @@ def test_a_run_that_cannot_go_on_is_left_as_it_is(damage, begun, capsys):
     else:
         for step in (4, 6):
             (begun / f"checkpoints/{step}/state/_METADATA").unlink()
-        text = f"error: {begun} cannot be gone on with: the checkpoint {begun}/checkpoints/6 cannot"
+        text = f"error: {begun} cannot be resumed: the checkpoint {begun}/checkpoints/6 cannot"
     before = on_disk(begun)
     assert main([*LONGER, f"--workdir={begun}"]) == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
