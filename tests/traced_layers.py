@@ -429,6 +429,43 @@ BILINEAR = {
         )
         for r in (2, 64)
     },
+    # Without a string nothing names the call.
+    **{
+        f"bilinear_by_lists_{i}_{j}_{o}": plain(
+            lambda p, x, y: jnp.einsum(x, [0, 1], p["w"], [1, 2, 3], y, [0, 2], [0, 3]),
+            {"w": ((i, j, o), (2,))},
+            (4, i),
+            (4, j),
+        )
+        for i, j, o in SIZES
+    },
+    **{
+        f"multi_dot_with_data_{i}_{j}": plain(
+            lambda p, x, y: jnp.linalg.multi_dot([x, p["w"], y]),
+            {"w": ((i, j), ())},
+            (4, i),
+            (j, 3),
+        )
+        for i, j in ((2, 64), (64, 2))
+    },
+    **{
+        f"multi_dot_of_weights_{b}_{r}": plain(
+            lambda p, x: jnp.linalg.multi_dot([x, p["a"], p["b"]]),
+            {"a": ((8, r), SEVERAL), "b": ((r, 8), SEVERAL)},
+            (b, 8),
+        )
+        for b, r in ((2, 64), (64, 2))
+    },
+    "einsums_by_lists": plain(
+        lambda p, x: jnp.einsum(
+            jnp.tanh(jnp.einsum(x, [0, 1], p["a"], [1, 2])), [0, 1], p["b"], [1, 2]
+        ),
+        {"a": IN_OUT, "b": IN_OUT},
+    ),
+    "einsum_by_lists_of_a_scale": plain(
+        lambda p, x: jnp.einsum(x, [0, 1], p["w"], [1], [0, 1]) @ p["a"],
+        {"w": ((4,), "scale"), "a": IN_OUT},
+    ),
     "bilinear_summed_outputs": bilinear("bi,ijo,bj->b", X3, "reduce_sum", (4, 4), (4, 4)),
     "bilinear_per_example": plain(
         jax.vmap(lambda p, x, y: jnp.einsum("i,ijo,j->o", x, p["w"], y), (None, 0, 0)),
@@ -515,6 +552,17 @@ CAPTURED = {
     "basis_summed_by_hand": plain(
         lambda p, x: jnp.sum(x[:, :, None] * (p["w"] @ MATRIX)[None], axis=1),
         {"w": ((4, 4), "unknown operation reduce_sum")},
+    ),
+    "basis_of_a_loop_over_constants": plain(
+        lambda p, _: lax.scan(lambda h, w: (h @ w, None), MATRIX, p["w"] @ MATRIX)[0],
+        {"w": COEFFICIENTS},
+    ),
+    "basis_summed_by_hand_over_constants": plain(
+        lambda p, _: jnp.sum(DATA[:, :, None] * (p["w"] @ MATRIX)[None], axis=1),
+        {"w": ((4, 4), "unknown operation reduce_sum")},
+    ),
+    "closed_over_mean": plain(
+        lambda p, _: DATA @ p["w"] - jnp.mean(DATA @ p["w"], -1, keepdims=True), {"w": IN_OUT}
     ),
     "readout": plain(lambda p, x: x @ p["w"] @ MATRIX, {"w": IN_OUT}),
     "closed_over_data": plain(lambda p, _: mlp(p, DATA), MLP, biases=MLP_BIASES),

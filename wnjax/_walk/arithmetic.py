@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ from wnjax._walk.rules import (
 )
 from wnjax._walk.tracks import (
     ACTIVATION,
+    CAPTURED,
     DATA,
     OWN_STATISTICS,
     Info,
@@ -117,7 +119,12 @@ def _scaled_sums(eqn: Any, info: Info, factor: Info) -> tuple[Track, ...]:
 def _scaled_partial(info: Info, factor: Info) -> tuple[PartialSum, ...]:
     """The sums that stay partial. With the outputs of layers on both sides they are over."""
     is_layer = factor.is_activation and not factor.is_data
-    return tuple(p for p in info.partial if p.call or not is_layer)
+    is_captured = factor.sources == CAPTURED
+    return tuple(
+        dataclasses.replace(p, is_weighted=p.is_weighted or is_captured)
+        for p in info.partial
+        if p.call or not is_layer
+    )
 
 
 def _multiplied(recorder: Recorder, eqn: Any, info: Info, factor: Info) -> tuple[Track, ...]:
@@ -134,6 +141,8 @@ def _multiplied(recorder: Recorder, eqn: Any, info: Info, factor: Info) -> tuple
         elif factor.depends_on(track.leaf) and (modulates or not factor.is_activation):
             kept.append(track.moved(track.layout, changed=OWN_STATISTICS))
         elif factor.is_activation and is_summed_later:
+            if call is not None and call.is_over is None and not modulates:
+                recorder.note(track.leaf, "scale", eqn)
             kept.append(track.moved(track.layout, is_multiple=True, is_intact=False))
         elif factor.is_activation and not modulates:
             recorder.note(track.leaf, "scale", eqn)

@@ -308,7 +308,8 @@ def _summed(recorder: Recorder, eqn: Any, info: Info, partial: PartialSum) -> Pa
         return partial
     summed = long_axes(partial.layout[i] for i in eqn.params["axes"])
     call = recorder.einsum_call(eqn)
-    if summed and (info.is_data if partial.call is None else call and call.name == partial.call):
+    is_multiplied = info.is_data or partial.is_weighted
+    if summed and (is_multiplied if partial.call is None else call and call.place == partial.call):
         refusal = "unknown operation reduce_sum"
         recorder.revise(dataclasses.replace(partial.use, refusal=refusal))
     kept = tuple(x for i, x in enumerate(partial.layout) if i not in eqn.params["axes"])

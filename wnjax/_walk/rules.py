@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax.numpy as jnp
@@ -19,15 +19,15 @@ from wnjax._walk.tracks import Info, PartialSum, Site, Use, united
 
 
 class EinsumCall(NamedTuple):
-    """A call of `einsum` with three operands or more: a sum that is made of several products.
+    """A call of `einsum` or `multi_dot`: one sum, which may be made of several products.
 
     Attributes:
-      name: where it is.
-      is_over: whether the equation is the last of its products.
+      place: what its products have in common, and the products of another call have not.
+      is_over: whether the equation is the last of its products; None if that is not known.
     """
 
-    name: str
-    is_over: bool
+    place: Hashable
+    is_over: bool | None
 
 
 class Recorder(Protocol):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, TypeAlias
 
 import jax.numpy as jnp
@@ -40,7 +40,7 @@ Places: TypeAlias = Sequence[int | None]  # of an operand's dimensions in the ou
 
 SEVERAL_WEIGHTS = (
     "several weights in one einsum, whose sizes decide in which order they are summed over: "
-    "write it as einsums of two operands"
+    "write it as einsums of two operands, with subscripts in a string"
 )
 CONSTANT = "the other operand is constant"
 CONSTANT_AND_DATA = (
@@ -116,13 +116,14 @@ def _continue(
         layout = _lay_out(eqn, partial.layout, places)
         kept = long_axes(layout)
     call = recorder.einsum_call(eqn)
-    is_same_call = call is not None and call.name == partial.call
+    is_same_call = call is not None and call.place == partial.call
+    is_looped = bool(summed) and other.depends_on(partial.use.leaf)
     refusal, goes_on = None, is_same_call
     if is_same_call and _takes_part(other, partial.call):
         refusal = SEVERAL_WEIGHTS
     elif is_same_call and (partial.is_constant or other.is_constant):
         refusal = CONSTANT_AND_DATA
-    elif partial.is_constant and (other.is_data or other.is_constant):
+    elif partial.is_constant and (is_looped or other.is_data or other.is_constant):
         refusal = CONSTANT_AND_DATA if layout is None or summed else None
         goes_on = True
     use = _extended(partial.use, summed, kept, refusal) if goes_on else partial.use
@@ -130,12 +131,12 @@ def _continue(
         recorder.revise(use)
     elif summed:
         layout = None
-    name = partial.call if call is not None and is_same_call and not call.is_over else None
+    place = partial.call if call is not None and is_same_call and not call.is_over else None
     is_constant = partial.is_constant and not other.is_data and use.refusal is None
-    return PartialSum(use, layout, name, is_constant)
+    return PartialSum(use, layout, place, is_constant)
 
 
-def _takes_part(info: Info, call: str | None) -> bool:
+def _takes_part(info: Info, call: Hashable) -> bool:
     """Whether a value holds a weight, or what the same call of `einsum` has made of one."""
     return bool(info.tracks) or any(partial.call == call for partial in info.partial)
 
@@ -200,9 +201,9 @@ def _consume(
 ) -> Info:
     """Writes down that a weight is summed over its dimensions without a place in the output."""
     call = recorder.einsum_call(eqn)
-    name = None if call is None or call.is_over else call.name
+    place = None if call is None or call.is_over else call.place
     refusal = None if other.sources else CONSTANT
-    if call is not None and _takes_part(other, call.name):
+    if call is not None and _takes_part(other, call.place):
         refusal = SEVERAL_WEIGHTS
     partial, sums, sources = [], [], weight.sources | other.sources
     for track in weight.tracks:
@@ -221,8 +222,8 @@ def _consume(
             continue
         layout = _lay_out(eqn, track.layout, places)
         sums.append(Track(track.leaf, layout, track.stacked, track.scanned))
-        if name is not None or _is_captured(other):
-            partial.append(PartialSum(use, layout, name, _is_captured(other)))
+        if place is not None or _is_captured(other):
+            partial.append(PartialSum(use, layout, place, _is_captured(other)))
     return Info((), tuple(sums), sources, partial=tuple(partial))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
 from jax.extend import source_info_util
@@ -153,15 +153,17 @@ class PartialSum:
     Attributes:
       use: the sum.
       layout: where the other axes of the weight lie in the value; None if that is not known.
-      call: the call of `einsum` that is not at its end; None if there is none.
+      call: the place of the call of `einsum` that is not at its end; None if there is none.
       is_constant: whether only arrays that the function closes over have met the weight. These
         may be data, and the value is the output of a layer; or a basis, and it is a larger weight.
+      is_weighted: whether an array that the function closes over multiplies it elementwise.
     """
 
     use: Use
     layout: Layout | None
-    call: str | None
+    call: Hashable
     is_constant: bool
+    is_weighted: bool = False
 
     def moved(self, to: Callable[[Layout], Layout | None]) -> PartialSum | None:
         """The same in a rearranged value; None if the value holds no more of it."""

@@ -12,9 +12,10 @@ import itertools
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.extend import core, source_info_util
 
@@ -35,6 +36,7 @@ from wnjax._walk.tracks import (
 
 # Source lines are the user's, also where our modules call Flax's.
 source_info_util.register_exclusion(os.path.dirname(__file__) + os.sep)
+_JAX = os.path.dirname(jax.__file__)
 
 RULES = moves.RULES | arithmetic.RULES | sums.RULES
 TRANSPARENT = {"jit", "closed_call", "remat2"}
@@ -62,22 +64,40 @@ def captured_info(value: Any) -> Info:
     return Info(sources=CAPTURED if is_float else 0)
 
 
-# `einsum` names the scope of its products after its subscripts.
-_THREE_OPERANDS = re.compile(r"(?:[\w. ]*,){2,}[\w. ]*(?:->[\w. ]*)?(?=\)*$)")
+# `einsum` names the scope of its products after its subscripts, if these are a string.
+_SUBSCRIPTS = re.compile(r"(?:[\w. ]*,)+[\w. ]*(?:->[\w. ]*)?(?=\)*$)")
 
 
 def einsum_calls(jaxpr: Any) -> dict[int, EinsumCall]:
-    """By the identity of an equation: the call of `einsum` with three operands that it is of."""
+    """By the identity of an equation: the call of `einsum` that it is one product of several of."""
     calls, products = {}, collections.Counter[str]()
     for eqn in jaxpr.eqns:
         if (operation := eqn.primitive.name) not in ("dot_general", "reduce_sum"):
             continue
         name = str(eqn.source_info.name_stack)
-        if found := _THREE_OPERANDS.search(name):
+        found = _SUBSCRIPTS.search(name)
+        if found is None:
+            if place := _line_of_einsum(eqn):
+                calls[id(eqn)] = EinsumCall(place, None)
+        elif (operands := found[0].count(",")) > 1:
             products[name] += operation == "dot_general"
-            is_over = products[name] % found[0].count(",") == 0
+            is_over = products[name] % operands == 0
             calls[id(eqn)] = EinsumCall(name, is_over and operation == "dot_general")
     return calls
+
+
+def _line_of_einsum(eqn: Any) -> Hashable:
+    """The call stack of the `einsum` without a string that an equation is of; None if of none."""
+    traceback = eqn.source_info.traceback
+    stack = (
+        [(x.file_name, x.function_name, x.line_num) for x in traceback.frames] if traceback else []
+    )
+    of_einsum = [
+        i
+        for i, (file, function, _) in enumerate(stack)
+        if function == "einsum" and file.startswith(_JAX)
+    ]
+    return tuple(stack[of_einsum[0] :]) if of_einsum else None
 
 
 def inner_jaxpr(eqn: Any) -> Any:
@@ -156,7 +176,7 @@ class Walk:
         return self.shapes[leaf]
 
     def einsum_call(self, eqn: Any) -> EinsumCall | None:
-        """The call of `einsum` with three operands or more that an equation is a part of."""
+        """The call of `einsum` that an equation is one product of several of."""
         return self._einsum_calls.get(id(eqn))
 
     def site(self, eqn: Any) -> Site:
