@@ -153,13 +153,13 @@ def _wrap(problem: Problem) -> Training:
 def _wrap_unordered(problem: Problem) -> Training:
     """`wrap` without the order that it gives XLA, which is no option of wnjax.
 
-    Where a process sees several devices, `wrap` gives no order, and this is `wrap` itself.
+    On several devices `wrap` gives no order, and this is `wrap` itself.
     """
     training = _wrap(problem)
 
     def step(*arguments: Any) -> Any:
-        # The step runs in Python only while it is traced, which is when `wrap` calls `after`.
-        with mock.patch("wnjax._evaluate.after", lambda x, scale: (x, scale)):
+        # The step runs in Python only while it is traced, which is when `wrap` rewrites it.
+        with mock.patch("wnjax._wrap.in_order", lambda x, scale: [x, scale]):
             return training.step(*arguments)
 
     return training._replace(step=step)

@@ -29,7 +29,7 @@ def test_equations_tell_what_the_layouts_did(case):
     module, names, layouts = MODELS[case]
     x = channels_last(record["call"]["x"])
     template = jax.eval_shape(module.init, jax.random.key(0), x)
-    inferred = infer_layouts(module.apply, template, x)
+    inferred = infer_layouts(module.apply)(template, x)
     own = CODEC_LAYOUTS if case == "codec" else {}
     tree = from_state_dict(record["state"], template, names, layouts=own | inferred)
     expected = from_state_dict(record["state"], template, names, layouts=layouts)
@@ -43,7 +43,7 @@ def test_equations_and_modules_tell_the_same(case):
     model = make(nnx.Rngs(0))
     graph, template = nnx.split(model)
     x = channels_last(record["call"]["x"])
-    inferred = infer_layouts(lambda p, x: nnx.merge(graph, p)(x), template, x)
+    inferred = infer_layouts(lambda p, x: nnx.merge(graph, p)(x))(template, x)
     tree = from_state_dict(
         record["state"], template, names, layouts=(layouts or {}) | dict(inferred)
     )
@@ -67,7 +67,7 @@ def test_equations_through_transformations():
     """A stack is no kernel of PyTorch's: nothing is told of it."""
     x = jnp.ones((1, 8, 4))
     params = jax.eval_shape(Stack().init, jax.random.key(0), x)
-    assert infer_layouts(Stack().apply, params, x) == {
+    assert infer_layouts(Stack().apply)(params, x) == {
         "a/kernel": "conv",
         "b/kernel": "conv_transpose",
     }
@@ -102,7 +102,7 @@ def conv(x, w, **kwargs):
 )
 def test_equations_of_ones_own(fn, expected):
     params = {"w": jax.ShapeDtypeStruct((4, 4, 4), jnp.float32)}
-    inferred = infer_layouts(fn, params, jnp.ones((1, 8, 4)))
+    inferred = infer_layouts(fn)(params, jnp.ones((1, 8, 4)))
     assert inferred == ({} if expected is None else {"w": expected})
 
 
@@ -122,7 +122,7 @@ def test_square_kernels_of_which_nothing_is_told_are_refused():
     ) in text
     assert text.count("blocks/0") == 1
     assert "... and 4 more\nThe whole model tells it at once: model=, an nnx.Module, or " in text
-    assert "layouts=wnjax.pytorch.infer_layouts(fn, params, x)" in text
+    assert "layouts=wnjax.pytorch.infer_layouts(fn)(params, x)" in text
     assert "\n  more" in text
     with pytest.raises(ValueError, match=r"nothing tells whether .*\n  blocks/0/kernel\n"):
         to_state_dict(template)

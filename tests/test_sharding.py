@@ -14,6 +14,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 
 import wnjax
+from wnjax import _wrap
 
 P = jax.P
 AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
@@ -209,7 +210,7 @@ def problem(layout):
     shapes = {"up": (64, 128), "bias": (128,), "down": (128, 32)}
     specs = zip(shapes.items(), MODELS[layout][0], strict=True)
     params = {name: put(normal(*shape) / 8, spec) for (name, shape), spec in specs}
-    return params, put(normal(128, 64, seed=1), P("data", None))
+    return params, put(normal(256, 64, seed=1), P("data", None))
 
 
 def gradient(fn, params):
@@ -245,6 +246,29 @@ def test_a_model_sends_what_the_plain_one_does_and_sums(mesh, layout, form):
         rtol=1e-4,
         atol=1e-6,
     )
+
+
+@pytest.mark.parametrize(
+    ("axis_type", "layout"),
+    [(AUTO, "tensor"), (AUTO, "both"), (EXPLICIT, "fsdp")],
+    ids=["auto-tensor", "auto-both", "explicit-fsdp"],
+)
+def test_scales_on_outputs_send_numbers_of_neurons_alone(mesh, layout, monkeypatch):
+    """The gradient of a gain, too, is then a sum over the batch, which is spread over devices."""
+    monkeypatch.setattr(_wrap, "scales_output", lambda *_: True)
+    params, x = problem(layout)
+    nodes = wnjax.weight_norm(params, wnjax.infer_axes(mlp)(params, x))
+    fn = gradient(wnjax.wrap(mlp), nodes)
+    sent = collectives(fn, nodes, x)
+    for one in collectives(gradient(mlp, params), params, x):
+        sent.remove(one)
+    assert {operation for operation, _ in sent} == {"all-reduce"}
+    numbers = [number for _, number in sent]
+    assert len(numbers) <= 2 * 3  # two weights: the norm, its gradient, the gain's
+    assert max(numbers) <= 128
+    alone = jax.device_get((nodes, x))
+    expected = jax.grad(lambda n: jnp.mean(jnp.square(mlp(wnjax.fold(n), alone[1]))))(alone[0])
+    chex.assert_trees_all_close(jax.jit(fn)(nodes, x), expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -554,7 +554,9 @@ CAPTURED = {
         {"w": ((4, 4), "unknown operation reduce_sum")},
     ),
     "basis_of_a_loop_over_constants": plain(
-        lambda p, _: lax.scan(lambda h, w: (h @ w, None), MATRIX, p["w"] @ MATRIX)[0],
+        lambda p, _: lax.scan(
+            lambda h, w: (h @ w, None), MATRIX.astype(p["w"].dtype), p["w"] @ MATRIX
+        )[0],
         {"w": COEFFICIENTS},
     ),
     "basis_summed_by_hand_over_constants": plain(

@@ -13,9 +13,10 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from wnjax._analysis import Analysis, Analyzer
 from wnjax._axes import NotWeight, first_patterns
 from wnjax._axis_name import check_split
-from wnjax._infer_axes import Examined, decide_all, examine
+from wnjax._infer_axes import decide_all
 from wnjax._leaves import check_not_apart, flatten, listing, outer_box, rebox, unbox, unbox_node
 from wnjax._moments import AxisName, Minibatch
 from wnjax._nodes import (
@@ -32,7 +33,6 @@ from wnjax._nodes import (
 from wnjax._standardize import Found, Standardization
 from wnjax._walk.sizes import is_less
 from wnjax._walk.tracks import Use
-from wnjax._walk.walker import Walk
 from wnjax._weight_norm import fold_leaf, split
 
 FEW_SAMPLES = 100  # with fewer, moments of one minibatch say little of the next one's
@@ -149,27 +149,23 @@ def data_init(
     >>> bool((abs(y.mean(0)) < 1e-5).all() and (abs(y.std(0) - 1) < 1e-5).all())
     True
     """
+    analyze = Analyzer(fn)
 
     def initialized(params: chex.ArrayTree, *args: Any, **kwargs: Any) -> Any:
-        examined = examine(fn, params, *args, **kwargs)
+        analysis = analyze(params, *args, **kwargs)
         given, treedef = flatten(params)
         check_not_apart(given)
-        plan = _Plan(examined, [unbox_node(leaf) for _, leaf in given], std)
+        plan = _Plan(analysis, [unbox_node(leaf) for _, leaf in given], std)
         nodes = {i: plan.node(i, *given[i]) for i in plan.stds}
         computed = {i: plan.in_range(i, node) for i, node in nodes.items()}
         values = treedef.unflatten(
             rebox(outer_box(leaf), computed[i].v) if i in computed else fold_leaf(path, leaf)
             for i, (path, leaf) in enumerate(given)
         )
-        standardization = Standardization(
-            Walk(examined.walk.shapes),
-            examined.traced.jaxpr,
-            plan.stds,
-            plan.biases,
-            Minibatch(None if mask is None else jnp.asarray(mask), axis_name),
-        )
-        known = examined.known(values, *args, **kwargs)
-        found = standardization.results(known, {i: scale(node) for i, node in computed.items()})
+        minibatch = Minibatch(None if mask is None else jnp.asarray(mask), axis_name)
+        standardization = Standardization(analysis, plan.stds, plan.biases, minibatch)
+        inputs = analysis.inputs(values, *args, **kwargs)
+        found = standardization.found(inputs, {i: scale(node) for i, node in computed.items()})
         plan.warn(standardization.samples)
         plan.warn_of_kept(found)
         result = treedef.unflatten(
@@ -200,7 +196,7 @@ class _Plan:
 
     def __init__(
         self,
-        examined: Examined,
+        analysis: Analysis,
         nodes: Sequence[Node | None],
         std: float | Mapping[str, float],
     ):
@@ -209,14 +205,14 @@ class _Plan:
         Raises:
           ValueError: if nothing is left, or a standard deviation is negative.
         """
-        self.paths, self.nodes = examined.paths, nodes
-        self.decisions = decide_all(examined)
+        self.paths, self.nodes = analysis.paths, nodes
+        self.decisions = decide_all(analysis)
         self.uses, self.notes = collections.defaultdict(list), collections.defaultdict(list)
-        for use in examined.walk.uses:
+        for use in analysis.walk.uses:
             self.uses[use.leaf].append(use)
-        for note in examined.walk.notes:
+        for note in analysis.walk.notes:
             self.notes[note.leaf].append(note)
-        self.shapes = examined.walk.shapes
+        self.shapes = analysis.walk.shapes
         found = {leaf: self._obstacle(leaf) for leaf in range(len(nodes))}
         self.reasons = {leaf: reason for leaf, reason in found.items() if reason is not None}
         stds = _stds(std, self.paths)
@@ -243,10 +239,11 @@ class _Plan:
     def _obstacle_at(self, use: Use, node: Node | None) -> str | None:
         """Why a leaf cannot be initialized at its only use."""
         shape, gains = self.shapes[use.leaf], use.features if node is None else gain_axes(node)
-        shared, long = use.fan_in & gains, {axis for axis in use.scanned if shape[axis] > 1}
+        scanned = {axis for axis, _ in use.scanned}
+        shared, long = use.fan_in & gains, {axis for axis in scanned if shape[axis] > 1}
         reasons = {
             "shared by the steps of a loop": use.site.trips
-            != math.prod(shape[axis] for axis in use.scanned),
+            != math.prod(shape[axis] for axis in scanned),
             "used in a branch alone": not use.site.is_certain,
             "used inside a loop or derivatives that are not seen through": not use.site.is_direct,
             "it has no elements": 0 in shape,

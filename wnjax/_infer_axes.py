@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import functools
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
 from jax.extend import core
 
+from wnjax._analysis import Analysis, Analyzer
 from wnjax._axes import Decision, FeatureAxes, NotWeight, Weight, by_patterns, canonical_axes
-from wnjax._leaves import flatten, listing, map_leaves, outer_box, rebox, unbox, unbox_node
-from wnjax._walk.trace import Traced, is_array, trace
-from wnjax._walk.tracks import ACTIVATION, DATA, Info, Note, Site, Use
-from wnjax._walk.walker import Walk, captured_info, leaf_info
-from wnjax._weight_norm import fold_leaf
+from wnjax._leaves import flatten, listing, outer_box, rebox
+from wnjax._walk.trace import is_array
+from wnjax._walk.tracks import Note, Site, Use
+from wnjax._walk.walker import Walk
 
 # Of several things that happen to a leaf, the one that says best what it is.
 _TELLING = ("lookup table", "bias", "product of two parameters", "scale", "added")
@@ -85,16 +84,17 @@ def infer_axes(
     >>> axes["out"]["bias"].reason
     'bias of out/kernel'
     """
+    analyze = Analyzer(fn)
 
     def inferred(params: chex.ArrayTree, *args: Any, **kwargs: Any) -> chex.ArrayTree:
         leaves, treedef = flatten(params)
-        examined = examine(fn, params, *args, **kwargs)
-        _refuse_gradients(examined)
-        paths, arrays = examined.paths, examined.arrays
-        traced = decide_all(examined)
+        analysis = analyze(params, *args, **kwargs)
+        _refuse_gradients(analysis)
+        paths, arrays = analysis.paths, analysis.arrays
+        traced = decide_all(analysis)
         decisions = _overridden(traced, overrides, paths, arrays)
         kept = (i for i, decision in enumerate(decisions) if decision is traced[i])
-        _warn_of_masks(examined, [i for i in kept if isinstance(decisions[i], Weight)])
+        _warn_of_masks(analysis, [i for i in kept if isinstance(decisions[i], Weight)])
         if strict:
             _refuse_refusals(decisions, paths)
         return treedef.unflatten(
@@ -105,87 +105,15 @@ def infer_axes(
     return inferred
 
 
-class Examined(NamedTuple):
-    """A traced function, and what the walk over it found.
-
-    Attributes:
-      traced: the function.
-      infos: what is known of its constants and inputs.
-      walk: what happens to each leaf of the parameters.
-      plain: the parameters, with shapes and dtypes of weights in the place of nodes.
-      paths: of the leaves of `plain`.
-      arrays: the leaves, without boxes.
-    """
-
-    traced: Traced
-    infos: list[Info]
-    walk: Walk
-    plain: chex.ArrayTree
-    paths: list[str]
-    arrays: list[Any]
-
-    def known(self, params: chex.ArrayTree, *args: Any, **kwargs: Any) -> list[tuple[Info, Any]]:
-        """What is known of the constants and inputs of the jaxpr, and their values.
-
-        `params` must have the structure of `plain`, and the arguments those of the call.
-        """
-        arrays = [x for x in jax.tree.leaves(((params, *args), kwargs)) if is_array(x)]
-        return list(zip(self.infos, [*self.traced.consts, *arrays], strict=True))
-
-
-def examine(fn: Callable[..., Any], params: chex.ArrayTree, *args: Any, **kwargs: Any) -> Examined:
-    """Traces `fn(params, *args, **kwargs)`, of plain weights, and walks over it.
-
-    Raises:
-      ValueError: if `fn` needs values of the data, or uses axis names that nothing binds.
-    """
-    plain = _fold_abstractly(params)
-    traced = trace(fn, plain, *args, **kwargs)
-    leaves = flatten(plain)[0]
-    paths, arrays = [path for path, _ in leaves], [unbox(leaf) for _, leaf in leaves]
-    infos = _input_infos(traced, arrays, plain)
-    walk = Walk([getattr(array, "shape", ()) for array in arrays])
-    walk.run(traced.jaxpr, infos)
-    return Examined(traced, infos, walk, plain, paths, arrays)
-
-
-def decide_all(examined: Examined) -> list[Decision]:
+def decide_all(analysis: Analysis) -> list[Decision]:
     """What every leaf is."""
-    return _Verdicts(examined.walk, examined.paths, examined.arrays).decisions()
+    return _Verdicts(analysis.walk, analysis.paths, analysis.arrays).decisions()
 
 
-def _fold_abstractly(params: chex.ArrayTree) -> chex.ArrayTree:
-    """`params` with shapes and dtypes alone in the place of nodes."""
-
-    def shape_of(path: str, leaf: Any) -> Any:
-        if unbox_node(leaf) is None:
-            return rebox(leaf, unbox(leaf))
-        return jax.eval_shape(functools.partial(fold_leaf, path), leaf)
-
-    return map_leaves(shape_of, params)
-
-
-def _input_infos(traced: Traced, arrays: Sequence[Any], plain: chex.ArrayTree) -> list[Info]:
-    """What is known of the inputs of a traced function, whose first argument is `plain`."""
-    infos = [*map(captured_info, traced.consts)]
-    owners = [i for i, (_, box) in enumerate(flatten(plain)[0]) for _ in jax.tree.leaves(box)]
-    for place, leaf in enumerate(traced.places):
-        if leaf is None:
-            continue
-        owner = owners[place] if place < len(owners) else None
-        known = owner is not None and is_array(arrays[owner])
-        infos.append(
-            leaf_info(owner, arrays[owner].shape)
-            if known and owner is not None
-            else Info(sources=ACTIVATION | DATA)
-        )
-    return infos
-
-
-def _warn_of_masks(examined: Examined, leaves: Sequence[int]) -> None:
+def _warn_of_masks(analysis: Analysis, leaves: Sequence[int]) -> None:
     """Warns of weights whose norm counts more than the neuron sums over, of some leaves."""
-    lines = {use.leaf: use.site.line for use in examined.walk.uses if use.is_masked}
-    if masked := [f"{examined.paths[leaf]}: at {lines[leaf]}" for leaf in leaves if leaf in lines]:
+    lines = {use.leaf: use.site.line for use in analysis.walk.uses if use.is_masked}
+    if masked := [f"{analysis.paths[leaf]}: at {lines[leaf]}" for leaf in leaves if leaf in lines]:
         warnings.warn(
             "infer_axes: a constant array that varies along their fan-in axes, such as a mask, "
             "multiplies these weights, and their norms count the masked entries too. Multiply the "
@@ -210,9 +138,9 @@ class _Verdicts:
             self.notes[note.leaf].append(note)
         self.biases: dict[int, set[int]] = collections.defaultdict(set)
         self.weights: dict[int, set[int]] = collections.defaultdict(set)
-        for weight, bias in walk.biases:
-            self.biases[weight].add(bias)
-            self.weights[bias].add(weight)
+        for record in walk.biases:
+            self.biases[record.weight].add(record.bias)
+            self.weights[record.bias].add(record.weight)
 
     def decisions(self) -> list[Decision]:
         """One for every leaf."""
@@ -314,10 +242,10 @@ def _refuse_refusals(decisions: Sequence[Decision], paths: Sequence[str]) -> Non
         )
 
 
-def _refuse_gradients(examined: Examined) -> None:
+def _refuse_gradients(analysis: Analysis) -> None:
     """Refuses functions that differentiate, and return something shaped like the parameters."""
-    traced = examined.traced
-    structure: Any = jax.tree.structure(examined.plain)
+    traced = analysis.traced
+    structure: Any = jax.tree.structure(analysis.plain)
     if jax.tree_util.treedef_is_leaf(structure) or not _differentiates(traced.jaxpr):
         return
 

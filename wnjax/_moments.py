@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from wnjax._nodes import norm_dtype
-from wnjax._walk.layout import Layout, atoms_of
+from wnjax._walk.layout import Atom, Layout, atoms_of
 
 AxisName = Any  # as of jax.lax.pmean: a name, or several
 
@@ -33,12 +33,24 @@ class Moments(NamedTuple):
     Attributes:
       mean: float32 or wider.
       std: likewise; the root of the mean squared deviation, without Bessel's correction.
-      samples: how many numbers there are of each neuron, masked ones included.
     """
 
     mean: jax.Array
     std: jax.Array
-    samples: int
+
+
+def count(layout: Layout, shape: Sequence[int], axis_name: AxisName) -> int:
+    """How many numbers there are of each neuron on all devices, masked ones included."""
+    atoms = atoms_of(layout)
+    number = math.prod(atoms[i].size for i in _summed(atoms, shape))
+    return number if axis_name is None else number * int(jax.lax.axis_size(axis_name))
+
+
+def _summed(atoms: Sequence[Atom], shape: Sequence[int]) -> tuple[int, ...]:
+    """Those of the atoms along which no neurons lie."""
+    return tuple(
+        i for i, a in enumerate(atoms) if not (a.axis is not None and a.size > 1 < shape[a.axis])
+    )
 
 
 def moments(
@@ -60,8 +72,8 @@ def moments(
     mask, axis_name = minibatch
     atoms = atoms_of(layout)
     sizes = [atom.size for atom in atoms]
-    kept = [i for i, a in enumerate(atoms) if a.axis is not None and a.size > 1 < shape[a.axis]]
-    summed = tuple(i for i in range(len(atoms)) if i not in kept)
+    summed = _summed(atoms, shape)
+    kept = [i for i in range(len(atoms)) if i not in summed]
     wide = value.astype(norm_dtype(value.dtype)).reshape(sizes)
     counted = None if mask is None else _fitting(mask, value).reshape(sizes)
 
@@ -82,9 +94,7 @@ def moments(
     def as_leaf(x: jax.Array) -> jax.Array:
         return x.squeeze(summed).transpose(order).reshape(shape)
 
-    devices = 1 if axis_name is None else int(jax.lax.axis_size(axis_name))
-    samples = math.prod(sizes[i] for i in summed) * devices
-    return Moments(as_leaf(center), as_leaf(std), samples)
+    return Moments(as_leaf(center), as_leaf(std))
 
 
 def _fitting(mask: jax.Array, value: jax.Array) -> jax.Array:

@@ -5,27 +5,29 @@ from __future__ import annotations
 import collections
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from wnjax._analysis import Analysis, Analyzer
 from wnjax._axis_name import AxisName, split_over
-from wnjax._evaluate import evaluate
-from wnjax._infer_axes import examine
 from wnjax._leaves import flatten, outer_box, rebox, unbox, unbox_node
 from wnjax._nodes import Node, gain_axes, scale, weight
-from wnjax._riding import is_alone
+from wnjax._rewrite import Edit, Key, Rewritten, rewrite
+from wnjax._scaling import lay_out, times
+from wnjax._walk.layout import Layout
 from wnjax._walk.rules import is_narrow
-from wnjax._walk.sizes import is_at_most, is_less
+from wnjax._walk.sizes import is_at_most
 from wnjax._walk.tracks import Use
 from wnjax._walk.walker import Walk
 from wnjax._weight_norm import warn_of_rounded_gains
+from wnjax._xla import as_contraction, in_order
 
-# Traced once for all leaves of a shape.
-_scale = jax.jit(scale, static_argnames="mesh_axes", inline=True)
-_weight = jax.jit(weight, static_argnames="mesh_axes", inline=True)
+# Traced once for all leaves of a shape, and one equation for each leaf.
+_scale = jax.jit(scale, static_argnames="mesh_axes")
+_weight = jax.jit(weight, static_argnames="mesh_axes")
 
 
 def wrap(fn: Callable[..., Any], *, axis_name: AxisName = None) -> Callable[..., Any]:
@@ -71,6 +73,7 @@ def wrap(fn: Callable[..., Any], *, axis_name: AxisName = None) -> Callable[...,
     >>> bool(jnp.allclose(y, fn(params, x), rtol=1e-6))
     True
     """
+    analyze = Analyzer(fn)
 
     @functools.wraps(fn)
     def wrapped(params: Any, *args: Any, **kwargs: Any) -> Any:
@@ -81,61 +84,86 @@ def wrap(fn: Callable[..., Any], *, axis_name: AxisName = None) -> Callable[...,
         paths = [path for path, _ in boxes]
         warn_of_rounded_gains(paths, nodes)
         mesh_axes = split_over(axis_name, paths, nodes)
-        examined = examine(fn, params, *args, **kwargs)
-        riding = _riding(examined.walk, nodes)
+        analysis = analyze(params, *args, **kwargs)
+        leaves = _scaled_behind(analysis.walk, nodes)
         values = treedef.unflatten(
-            _value(box, nodes[i], i in riding, mesh_axes[i])
+            _value(box, nodes[i], i in leaves, mesh_axes[i])
             if i in nodes
             else rebox(box, unbox(box))
             for i, (_, box) in enumerate(boxes)
         )
-        scales = {leaf: _scale(nodes[leaf], mesh_axes[leaf]) for leaf in riding}
-        known = examined.known(values, *args, **kwargs)
-        traced, shapes = examined.traced, examined.walk.shapes
-        return traced.rebuild(evaluate(traced.jaxpr, known, shapes, scales))
+        scales = {Key("scale", leaf): _scale(nodes[leaf], mesh_axes[leaf]) for leaf in leaves}
+        program = _program(analysis, leaves, {key: jax.typeof(x) for key, x in scales.items()})
+        outputs, _ = program(analysis.inputs(values, *args, **kwargs), scales)
+        return analysis.traced.rebuild(outputs)
 
     return wrapped
 
 
-def scales_output(weight_size: int, output_size: int, in_order: bool) -> bool:
+def _program(analysis: Analysis, leaves: Set[int], avals: Mapping[Key, Any]) -> Rewritten:
+    """The function of v instead of w for some leaves, with their scales behind contractions."""
+    memo, key = analysis.traced.memo, tuple(avals.items())
+    if key not in memo:
+        edits = {
+            use.site.path: Edit(
+                takes=(Key("scale", use.leaf, use.scanned),),
+                behind=_scaling(use.layout),
+                before=in_order,
+                operand=1 - use.operand,
+                stand_in=functools.partial(as_contraction, weight=use.operand),
+            )
+            for use in analysis.walk.uses
+            if use.leaf in leaves
+        }
+        memo[key] = rewrite(analysis.traced.jaxpr, edits, avals)
+    program: Rewritten = memo[key]
+    return program
+
+
+@functools.cache  # JAX traces the same function once
+def _scaling(layout: Layout) -> Callable[..., list[jax.Array]]:
+    def behind(*values: jax.Array) -> list[jax.Array]:
+        *_, output, scale = values
+        return [times(output, lay_out(scale, layout))]
+
+    return behind
+
+
+def scales_output(weight_size: Any, output_size: Any) -> bool:
     """Whether the scale goes on the output of a layer rather than on its weight.
 
     With W and A the sizes of the weight and of the output, XLA's training step with Adam reads
-    and writes, beyond the plain one's: 5 W with the scale on the weight; 3 W + 4 A with it on
-    the output, or W + 4 A where no copy of v is made (see `after` in `_riding`); there a tie
-    goes to the output, for less memory.
+    and writes, beyond the plain one's: 5 W with the scale on the weight; W + 4 A with it on the
+    output, or 3 W + 4 A where it copies v (see `in_order`), which it does on several devices. These
+    share A, so that A is smaller on each. A tie goes to the output, for less memory.
 
     Args:
       weight_size: the number of elements of the weight.
       output_size: the number of elements of all outputs that it makes in one call.
-      in_order: whether XLA is told the order that spares it the copy.
     """
-    if in_order:
-        return is_at_most(output_size, weight_size)
-    return is_less(2 * output_size, weight_size)
+    return is_at_most(output_size, weight_size)
 
 
-def _riding(walk: Walk, nodes: Mapping[int, Node]) -> set[int]:
+def _scaled_behind(walk: Walk, nodes: Mapping[int, Node]) -> set[int]:
     """The leaves whose scale goes on the outputs: all that happens to them must allow it."""
     uses: dict[int, list[Use]] = collections.defaultdict(list)
     for use in walk.uses:
         uses[use.leaf].append(use)
-    noted = {note.leaf for note in walk.notes}
+    others = {note.leaf for note in walk.notes} | walk.needed
     return {
         leaf
         for leaf, node in nodes.items()
-        if uses[leaf] and leaf not in noted and node.v.size
+        if uses[leaf] and leaf not in others and node.v.size
         if all(use.rides and use.fan_in.isdisjoint(gain_axes(node)) for use in uses[leaf])
         if not any(use.is_narrow for use in uses[leaf])  # v·x may overflow where w·x does not
         if not is_narrow(node.v.dtype)
         if scales_output(
-            math.prod(node.v.shape),
-            sum(use.output_size * use.site.trips for use in uses[leaf]),
-            in_order=is_alone(),
+            math.prod(node.v.shape), sum(use.output_size * use.site.trips for use in uses[leaf])
         )
     }
 
 
-def _value(box: Any, node: Node, rides: bool, mesh_axes: tuple[str, ...]) -> Any:
-    """What stands for a node in the evaluation: v where the scale rides, else the weight."""
-    return rebox(outer_box(box), jnp.asarray(node.v) if rides else _weight(node, mesh_axes))
+def _value(box: Any, node: Node, is_scaled_behind: bool, mesh_axes: tuple[str, ...]) -> Any:
+    """What the program gets for a node: v where the scale goes on outputs, else the weight."""
+    value = jnp.asarray(node.v) if is_scaled_behind else _weight(node, mesh_axes)
+    return rebox(outer_box(box), value)

@@ -167,23 +167,26 @@ def _masked(track: Track, factor: Info) -> Track:
 
 def _add(recorder: Recorder, eqn: Any, ins: Sequence[Info]) -> list[Info]:
     a, b = ins = _broadcast(eqn, ins)
-    tracks = (*_plus(recorder, eqn, a, b), *_plus(recorder, eqn, b, a))
+    tracks = (*_plus(recorder, eqn, 0, a, b), *_plus(recorder, eqn, 1, b, a))
     sums = (*_shifted(a, b), *_shifted(b, a))
     partial = united((*_shifted_partial(recorder, a, b), *_shifted_partial(recorder, b, a)))
     return [Info(tracks, sums, sources_of(ins), _common_constant(ins), partial)]
 
 
-def _plus(recorder: Recorder, eqn: Any, info: Info, other: Info) -> tuple[Track, ...]:
-    """The tracks of a value to which another is added."""
+def _plus(recorder: Recorder, eqn: Any, operand: int, info: Info, other: Info) -> tuple[Track, ...]:
+    """The tracks of a value, an operand of a sum, to which another is added."""
     if not other.is_activation:
         own = [t for t in info.tracks if other.depends_on(t.leaf) and not other.tracks]
         return _changed(info, OWN_STATISTICS if own else eqn.primitive.name)
     for track in info.tracks:
-        weights = {s.leaf for s in other.sums if _is_bias_of(recorder, track, s)}
-        weights = weights - {track.leaf} if eqn.primitive.name != "sub" else set()
-        for weight in weights:
-            recorder.bias(weight, track.leaf)
-        recorder.note(track.leaf, "bias" if weights else "added to activations", eqn)
+        neurons = [
+            s for s in other.sums if s.leaf != track.leaf and _is_bias_of(recorder, track, s)
+        ]
+        if eqn.primitive.name == "sub":
+            neurons = []
+        for one in neurons:
+            recorder.bias(one, track, operand, eqn)
+        recorder.note(track.leaf, "bias" if neurons else "added to activations", eqn)
     return ()
 
 

@@ -46,7 +46,7 @@ def _reduce_precision(recorder: Recorder, eqn: Any, ins: Sequence[Info]) -> list
     return [ins[0] if eqn.params["exponent_bits"] >= 8 else narrowed(ins[0])]
 
 
-def _same(recorder: Recorder, eqn: Any, ins: Sequence[Info]) -> list[Info]:
+def same(recorder: Recorder, eqn: Any, ins: Sequence[Info]) -> list[Info]:
     return list(ins)
 
 
@@ -331,7 +331,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(["psum", "psum_invariant"], _psum),
     "reduce_sum": _reduce_sum,
     "neg": _neg,
-    **dict.fromkeys(IDENTITIES, _same),
+    **dict.fromkeys(IDENTITIES, same),
     "reduce_precision": _reduce_precision,
     "stop_gradient": _stop_gradient,
     "transpose": _transpose,

@@ -9,13 +9,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import operator
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax.numpy as jnp
+from jax.extend.core import Primitive, primitives
 
 from wnjax._walk.layout import Layout, NoLayout
-from wnjax._walk.tracks import Info, PartialSum, Site, Use, united
+from wnjax._walk.tracks import Info, PartialSum, Site, Track, Use, united
 
 
 class EinsumCall(NamedTuple):
@@ -36,13 +37,23 @@ class Recorder(Protocol):
     def use(self, use: Use) -> None: ...
     def revise(self, use: Use) -> None: ...
     def note(self, leaf: int, kind: str, eqn: Any) -> None: ...
-    def bias(self, weight: int, bias: int) -> None: ...
+    def bias(self, neurons: Track, bias: Track, operand: int, eqn: Any) -> None: ...
     def shape(self, leaf: int) -> tuple[int, ...]: ...
     def site(self, eqn: Any) -> Site: ...
     def einsum_call(self, eqn: Any) -> EinsumCall | None: ...
 
 
 Rule = Callable[[Recorder, Any, Sequence[Info]], list[Info]]
+
+_EXPORTED = {x.name: x for x in vars(primitives).values() if isinstance(x, Primitive)}
+
+
+def by_primitive(rules: Mapping[str, Rule]) -> dict[Any, Rule]:
+    """Rules under the primitives of JAX that have these names; under names that it keeps private.
+
+    So a primitive of somebody else is not taken for that of JAX with the same name.
+    """
+    return {_EXPORTED.get(name, name): rule for name, rule in rules.items()}
 
 
 def unknown(recorder: Recorder, eqn: Any, ins: Sequence[Info]) -> list[Info]:

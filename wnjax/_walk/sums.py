@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Hashable, Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax.numpy as jnp
 
@@ -38,6 +38,14 @@ from wnjax._walk.tracks import (
 Places: TypeAlias = Sequence[int | None]  # of an operand's dimensions in the output; None: summed
 
 
+class Operand(NamedTuple):
+    """An operand of a product."""
+
+    number: int
+    info: Info
+    places: Places
+
+
 SEVERAL_WEIGHTS = (
     "several weights in one einsum, whose sizes decide in which order they are summed over: "
     "write it as einsums of two operands, with subscripts in a string"
@@ -49,7 +57,7 @@ CONSTANT_AND_DATA = (
 )
 
 
-def _dot_general(recorder: Recorder, eqn: Any, ins: Sequence[Info]) -> list[Info]:
+def dot_general(recorder: Recorder, eqn: Any, ins: Sequence[Info]) -> list[Info]:
     contracting, batch = eqn.params["dimension_numbers"]
     places: list[Places] = []
     free = len(batch[0])
@@ -68,7 +76,7 @@ def _dot_general(recorder: Recorder, eqn: Any, ins: Sequence[Info]) -> list[Info
     side = _weight_side(recorder, eqn, ins)
     if side is None:
         return [Info(sources=sources_of(ins), partial=partial)]
-    out = _consume(recorder, eqn, ins[side], ins[1 - side], places[side])
+    out = _consume(recorder, eqn, Operand(side, ins[side], places[side]), ins[1 - side])
     return [dataclasses.replace(out, partial=united((*out.partial, *partial)))]
 
 
@@ -89,7 +97,7 @@ def _conv(recorder: Recorder, eqn: Any, ins: Sequence[Info]) -> list[Info]:
         return unknown(recorder, eqn, [weight])
     # Windows mix the positions of the inputs.
     partial = _continued(recorder, eqn, ins, [None, dims])
-    out = _consume(recorder, eqn, weight, inputs, dims)
+    out = _consume(recorder, eqn, Operand(1, weight, dims), inputs)
     return [dataclasses.replace(out, partial=united((*out.partial, *partial)))]
 
 
@@ -160,7 +168,7 @@ def _ragged_dot(recorder: Recorder, eqn: Any, ins: Sequence[Info]) -> list[Info]
     weight = without_ride(weight)
     places = [None if dim in summed else 0 for dim in range(len(shapes(eqn)[1]))]
     partial = _continued(recorder, eqn, ins, [None, None])
-    out = _consume(recorder, eqn, weight, inputs, places)
+    out = _consume(recorder, eqn, Operand(1, weight, places), inputs)
     return [Info(sources=out.sources | sources_of(ins), partial=partial)]
 
 
@@ -192,38 +200,32 @@ def _rank(info: Info) -> int:
     return 1 if any(map(has_copies, tracks)) else 0
 
 
-def _consume(
-    recorder: Recorder,
-    eqn: Any,
-    weight: Info,
-    other: Info,
-    places: Places,
-) -> Info:
+def _consume(recorder: Recorder, eqn: Any, weight: Operand, other: Info) -> Info:
     """Writes down that a weight is summed over its dimensions without a place in the output."""
+    _, info, places = weight
     call = recorder.einsum_call(eqn)
     place = None if call is None or call.is_over else call.place
     refusal = None if other.sources else CONSTANT
     if call is not None and _takes_part(other, call.place):
         refusal = SEVERAL_WEIGHTS
-    partial, sums, sources = [], [], weight.sources | other.sources
-    for track in weight.tracks:
+    partial, sums, sources = [], [], info.sources | other.sources
+    for track in info.tracks:
         summed = atoms_of(axis for axis, at in zip(track.layout, places, strict=True) if at is None)
         if track.is_indexed and any(atom.stride == 0 and atom.axis is not None for atom in summed):
             continue  # a sum over what was looked up
-        use = _use(recorder, eqn, track, places, refusal)
+        use = _use(recorder, eqn, weight, track, refusal)
         if not use.fan_in:
             recorder.note(track.leaf, "scale", eqn)
             continue
-        alone = len(weight.tracks) == 1 and all(axis.is_whole for axis in track.layout)
+        alone = len(info.tracks) == 1 and all(axis.is_whole for axis in track.layout)
         use = dataclasses.replace(use, rides=use.rides and alone)
         recorder.use(use)
         sources |= ACTIVATION
         if use.refusal is not None:
             continue
-        layout = _lay_out(eqn, track.layout, places)
-        sums.append(Track(track.leaf, layout, track.stacked, track.scanned))
+        sums.append(Track(track.leaf, use.layout, track.stacked, track.scanned))
         if place is not None or _is_captured(other):
-            partial.append(PartialSum(use, layout, place, _is_captured(other)))
+            partial.append(PartialSum(use, use.layout, place, _is_captured(other)))
     return Info((), tuple(sums), sources, partial=tuple(partial))
 
 
@@ -232,7 +234,8 @@ def _is_captured(info: Info) -> bool:
     return info.sources == CAPTURED or any(p.is_constant for p in info.partial)
 
 
-def _use(recorder: Recorder, eqn: Any, track: Track, places: Places, refusal: str | None) -> Use:
+def _use(recorder: Recorder, eqn: Any, weight: Operand, track: Track, refusal: str | None) -> Use:
+    number, _, places = weight
     pairs = list(zip(track.layout, places, strict=True))
     summed = atoms_of(axis for axis, place in pairs if place is None)
     kept = atoms_of(axis for axis, place in pairs if place is not None)
@@ -254,10 +257,20 @@ def _use(recorder: Recorder, eqn: Any, track: Track, places: Places, refusal: st
     is_real = jnp.issubdtype(dtype, jnp.floating)
     rides = track.is_intact and is_real and refusal is None and site.is_direct
     narrow = track.is_narrow or is_narrow(dtype)
-    scanned = frozenset(axis for axis, _ in track.scanned)
-    axes = frozenset(fan_in), frozenset(features)
-    is_masked = not track.masked.isdisjoint(fan_in)
-    return Use(track.leaf, *axes, refusal, site, size, rides, narrow, scanned, is_masked)
+    return Use(
+        track.leaf,
+        frozenset(fan_in),
+        frozenset(features),
+        refusal,
+        site,
+        number,
+        _lay_out(eqn, track.layout, places),
+        size,
+        rides,
+        narrow,
+        track.scanned,
+        is_masked=not track.masked.isdisjoint(fan_in),
+    )
 
 
 def _refusal(changed: str) -> str:
@@ -276,7 +289,7 @@ def _lay_out(eqn: Any, layout: Layout, places: Places) -> Layout:
 
 
 RULES: dict[str, Rule] = {
-    "dot_general": _dot_general,
+    "dot_general": dot_general,
     "conv_general_dilated": _conv,
     "ragged_dot_general": _ragged_dot,
 }

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import os
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import flax
@@ -28,6 +30,7 @@ class Traced(NamedTuple):
       arrays: those among the leaves of the arguments.
       places: for every leaf of the arguments its place among the arrays, None if it is static.
       rebuild: from the values of the jaxpr's outputs to what the function returns.
+      memo: what was found out about the jaxpr.
     """
 
     jaxpr: Any
@@ -35,6 +38,7 @@ class Traced(NamedTuple):
     arrays: Sequence[Any]
     places: Sequence[int | None]
     rebuild: Callable[[Sequence[Any]], Any]
+    memo: dict[Any, Any]
 
 
 def is_array(x: Any) -> bool:
@@ -42,40 +46,73 @@ def is_array(x: Any) -> bool:
     return hasattr(x, "shape") and hasattr(x, "dtype")
 
 
-def trace(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Traced:
-    """Traces `fn(*args, **kwargs)` abstractly. What is no array among the arguments is static.
+class Tracer:
+    """Traces a function abstractly, once for all arguments with the same shapes.
 
-    Raises:
-      ValueError: if `fn` needs values of the data, or an axis name that nothing binds.
+    What is no array among the arguments is static. JAX keeps the jaxprs, as those of `jit`.
     """
-    leaves, treedef = jax.tree.flatten((args, kwargs))
-    arrays = [leaf for leaf in leaves if is_array(leaf)]
-    indices = iter(range(len(arrays)))
-    places = [next(indices) if is_array(leaf) else None for leaf in leaves]
-    out: list[Any] = []  # the structure of what fn returns, and its static leaves
 
-    def flat(*arrays: Any) -> list[Any]:
-        merged = [
-            leaf if place is None else arrays[place]
-            for leaf, place in zip(leaves, places, strict=True)
+    def __init__(self, fn: Callable[..., Any]):
+        self._fn = fn
+        self._flat = functools.lru_cache(maxsize=64)(self._new_flat)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Traced:
+        """Traces `fn(*args, **kwargs)`.
+
+        Raises:
+          ValueError: if `fn` needs values of the data, or an axis name that nothing binds.
+        """
+        leaves, treedef = jax.tree.flatten((args, kwargs))
+        arrays = [leaf for leaf in leaves if is_array(leaf)]
+        static = tuple(None if is_array(leaf) else (type(leaf), leaf) for leaf in leaves)
+        is_hashable = all(isinstance(leaf, Hashable) for leaf in static)
+        flat = self._flat(treedef, static) if is_hashable else self._new_flat(treedef, static)
+        return flat.trace(arrays)
+
+    def _new_flat(self, treedef: Any, static: Sequence[Any]) -> _Flat:
+        return _Flat(self._fn, treedef, static)
+
+
+class _Flat:
+    """A function of the arrays among its arguments alone."""
+
+    def __init__(self, fn: Callable[..., Any], treedef: Any, static: Sequence[Any]):
+        self.fn, self.treedef, self.static = fn, treedef, static
+        indices = itertools.count()
+        self.places = [next(indices) if one is None else None for one in static]
+        self.out: Any = None  # of the last trace: the structure of the output, its static leaves
+        self.jaxprs: dict[int, Any] = {}  # by identity of what JAX traced
+
+    def __call__(self, *arrays: Any) -> list[Any]:
+        leaves = [
+            one[1] if place is None else arrays[place]
+            for one, place in zip(self.static, self.places, strict=True)
         ]
-        args, kwargs = jax.tree.unflatten(treedef, merged)
-        out_leaves, out_tree = jax.tree.flatten(fn(*args, **kwargs))
+        args, kwargs = jax.tree.unflatten(self.treedef, leaves)
+        out_leaves, out_tree = jax.tree.flatten(self.fn(*args, **kwargs))
         is_dynamic = [core.valid_jaxtype(leaf) for leaf in out_leaves]
-        out[:] = (out_tree, [None if d else x for d, x in zip(is_dynamic, out_leaves, strict=True)])
+        static = [None if d else x for d, x in zip(is_dynamic, out_leaves, strict=True)]
+        self.out = out_tree, static
         return [leaf for d, leaf in zip(is_dynamic, out_leaves, strict=True) if d]
 
-    jaxpr, consts = opened(_make_jaxpr(flat, arrays))
+    def trace(self, arrays: Sequence[Any]) -> Traced:
+        """The jaxpr for arrays of these shapes."""
+        jaxpr, consts = opened(_make_jaxpr(self, arrays))
+        if id(jaxpr) not in self.jaxprs:
+            self.jaxprs[id(jaxpr)] = jaxpr, _without_dead_code(jaxpr), self.out, {}
+        _, live, (out_tree, static), memo = self.jaxprs[id(jaxpr)]
+
+        def rebuild(values: Sequence[Any]) -> Any:
+            remaining = iter(values)
+            return out_tree.unflatten(next(remaining) if x is None else x for x in static)
+
+        return Traced(live, consts, arrays, self.places, rebuild, memo)
+
+
+def _without_dead_code(jaxpr: Any) -> Any:
     jaxpr = jaxpr.replace(constvars=[], invars=inputs_of(jaxpr))
     live, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), instantiate=True)
-    out_tree: Any = out[0]
-    static: list[Any] = out[1]
-
-    def rebuild(values: Sequence[Any]) -> Any:
-        remaining = iter(values)
-        return out_tree.unflatten(next(remaining) if x is None else x for x in static)
-
-    return Traced(live, consts, arrays, places, rebuild)
+    return live
 
 
 def _make_jaxpr(flat: Callable[..., Any], arrays: Sequence[Any]) -> Any:

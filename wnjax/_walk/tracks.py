@@ -93,6 +93,8 @@ class Site:
     """Where something happens: an equation of the traced function.
 
     Attributes:
+      path: its place in the jaxpr. For each equation around it: the place of that equation, and
+        which of its jaxprs; then its own place in the innermost jaxpr.
       operation: the name of the primitive.
       source: where the user wrote it.
       trips: how often it runs in one call of the function.
@@ -100,6 +102,7 @@ class Site:
       is_certain: whether it runs in every call, and not in a branch alone.
     """
 
+    path: tuple[int, ...]
     operation: str
     source: Any
     trips: int
@@ -127,10 +130,12 @@ class Use:
       features: its other axes.
       refusal: why this makes no neurons of it, in words.
       site: where.
+      operand: which operand of the equation the leaf is.
+      layout: where its other axes lie in the output.
       output_size: the number of elements of the output.
       rides: whether a factor of the weight's features can be put on the output instead.
       is_narrow: whether it is computed in a dtype of a narrow range, such as float16.
-      scanned: the axes of the leaf that loops around this run over.
+      scanned: the axes of the leaf that scans around this run over, and how deep these are nested.
       is_masked: whether a constant factor of the weight varies along `fan_in`.
     """
 
@@ -139,10 +144,12 @@ class Use:
     features: frozenset[int]
     refusal: str | None
     site: Site
+    operand: int
+    layout: Layout
     output_size: int
     rides: bool
     is_narrow: bool
-    scanned: frozenset[int]
+    scanned: frozenset[tuple[int, int]]
     is_masked: bool = False
 
 
@@ -184,6 +191,29 @@ def united(partial: Iterable[PartialSum]) -> tuple[PartialSum, ...]:
         if other.layout != one.layout:
             result[one.use.leaf, one.use.site] = dataclasses.replace(other, layout=None)
     return tuple(result.values())
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Bias:
+    """A sum of the output of neurons and of a leaf with one number for each.
+
+    Attributes:
+      weight: the leaf that the neurons are of.
+      bias: the leaf that is added.
+      site: where.
+      operand: which operand of the equation the bias is.
+      layout: where its axes lie in the sum.
+      scanned: the axes of the bias that scans around this run over, and how deep these are nested.
+      is_in_all_loops: whether all loops around this run over both leaves.
+    """
+
+    weight: int
+    bias: int
+    site: Site
+    operand: int
+    layout: Layout
+    scanned: frozenset[tuple[int, int]]
+    is_in_all_loops: bool
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

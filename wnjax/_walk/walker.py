@@ -18,13 +18,26 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.extend import core, source_info_util
+from jax.extend.core import primitives
 
+from wnjax._nested import CALLS, scan_parts
 from wnjax._walk import arithmetic, layout, moves, sums
 from wnjax._walk.layout import Layout
-from wnjax._walk.rules import EinsumCall, displaced, move, sources_of, unknown, without_ride
+from wnjax._walk.rules import (
+    EinsumCall,
+    Rule,
+    by_primitive,
+    displaced,
+    move,
+    sources_of,
+    unknown,
+    without_ride,
+)
+from wnjax._walk.sizes import is_long
 from wnjax._walk.tracks import (
     CAPTURED,
     FIRST_LEAF,
+    Bias,
     Info,
     Note,
     Site,
@@ -33,13 +46,22 @@ from wnjax._walk.tracks import (
     is_repeated,
     united,
 )
+from wnjax._xla import contraction_p, in_order_p, wait_p
 
 # Source lines are the user's, also where our modules call Flax's.
 source_info_util.register_exclusion(os.path.dirname(__file__) + os.sep)
 _JAX = os.path.dirname(jax.__file__)
 
-RULES = moves.RULES | arithmetic.RULES | sums.RULES
-TRANSPARENT = {"jit", "closed_call", "remat2"}
+RULES = by_primitive(moves.RULES | arithmetic.RULES | sums.RULES) | {
+    in_order_p: moves.same,
+    wait_p: lambda recorder, eqn, ins: [ins[0]],
+    contraction_p: sums.dot_general,
+}
+
+
+def rule_of(eqn: Any) -> Rule | None:
+    """The rule of the primitive of an equation, if there is one."""
+    return RULES.get(eqn.primitive, RULES.get(eqn.primitive.name))
 
 
 def opened(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
@@ -100,11 +122,11 @@ def _line_of_einsum(eqn: Any) -> Hashable:
     return tuple(stack[of_einsum[0] :]) if of_einsum else None
 
 
-def inner_jaxpr(eqn: Any) -> Any:
-    """The jaxpr that an equation calls with its own operands; None if it is no call."""
+def inner_name(eqn: Any) -> str | None:
+    """The parameter with the jaxpr that an equation calls with its own operands; None if none."""
     found = [
-        jaxpr
-        for jaxpr in eqn.params.values()
+        name
+        for name, jaxpr in eqn.params.items()
         if isinstance(jaxpr, core.Jaxpr | core.ClosedJaxpr) and _fits(eqn, *opened(jaxpr))
     ]
     return found[0] if len(found) == 1 else None
@@ -121,21 +143,14 @@ def _shape(var: Any) -> Any:
     return getattr(var.aval, "shape", None)
 
 
-def scan_parts(eqn: Any) -> tuple[int, int]:
-    """How many operands of a scan are constants, and how many are carried."""
-    if "ft_in" in eqn.params:  # jax 0.12
-        consts, carry, _ = eqn.params["ft_in"].unpack()
-        return len(consts), len(carry)
-    return eqn.params["num_consts"], eqn.params["num_carry"]
-
-
 class Walk:
     """One pass over a function. Collects what happens to each of its leaves.
 
     Attributes:
       uses: sums over axes of a leaf.
       notes: everything else that ends its track.
-      biases: (weight, bias) pairs of leaves.
+      biases: sums of the outputs of neurons with their biases.
+      needed: leaves of which something else needs the value: the output of the function, say.
     """
 
     def __init__(self, shapes: Sequence[tuple[int, ...]]):
@@ -143,12 +158,16 @@ class Walk:
         self.shapes = shapes
         self.uses: list[Use] = []
         self.notes: list[Note] = []
-        self.biases: set[tuple[int, int]] = set()
+        self.biases: list[Bias] = []
+        self.needed: set[int] = set()
+        self._path: tuple[int, ...] = ()
+        self._loops: frozenset[int] = frozenset()  # depths of the scans around with several steps
+        self._is_silent = False
+        self._known: dict[Any, list[Info]] = {}  # outputs of the jaxprs that were run silently
         self._trips = 1
         self._is_direct = True
         self._is_certain = True
         self._einsum_calls: dict[int, EinsumCall] = {}
-        self.depth = 0  # of the jaxpr
 
     # What the rules write down.
 
@@ -167,9 +186,12 @@ class Walk:
         """Records anything else that happens to a leaf."""
         self.notes.append(Note(leaf, kind, self.site(eqn)))
 
-    def bias(self, weight: int, bias: int) -> None:
+    def bias(self, neurons: Track, bias: Track, operand: int, eqn: Any) -> None:
         """Records that one leaf is added to the sums of another's neurons."""
-        self.biases.add((weight, bias))
+        depths = [{depth for _, depth in track.scanned} for track in (neurons, bias)]
+        is_in_all_loops = self._loops <= depths[0] & depths[1]
+        where = self.site(eqn), operand, bias.layout, bias.scanned, is_in_all_loops
+        self.biases.append(Bias(neurons.leaf, bias.leaf, *where))
 
     def shape(self, leaf: int) -> tuple[int, ...]:
         """The shape of a leaf."""
@@ -182,54 +204,81 @@ class Walk:
     def site(self, eqn: Any) -> Site:
         """Where an equation stands."""
         where = self._trips, self._is_direct, self._is_certain
-        return Site(eqn.primitive.name, eqn.source_info, *where)
+        return Site(self._path, eqn.primitive.name, eqn.source_info, *where)
 
     # Jaxprs.
 
+    def analyze(self, jaxpr: Any, ins: Sequence[Info]) -> None:
+        """Records what happens to the leaves in an open jaxpr, given its constants and inputs."""
+        for info in self.run(jaxpr, ins):
+            self.needed |= {track.leaf for track in info.tracks}
+
     def run(self, jaxpr: Any, ins: Sequence[Info]) -> list[Info]:
         """What is known of the outputs of an open jaxpr, given its constants and inputs."""
+        if not self._is_silent:
+            return self._outputs(jaxpr, ins)
+        key = self._path, tuple(ins)
+        if key not in self._known:
+            self._known[key] = self._outputs(jaxpr, ins)
+        return self._known[key]
+
+    def _outputs(self, jaxpr: Any, ins: Sequence[Info]) -> list[Info]:
         env = dict(zip(inputs_of(jaxpr), ins, strict=True))
 
         def read(var: Any) -> Info:
             return captured_info(var.val) if isinstance(var, core.Literal) else env[var]
 
-        before, self._einsum_calls = self._einsum_calls, einsum_calls(jaxpr)
-        for eqn in jaxpr.eqns:
-            outs = self.equation(eqn, [read(var) for var in eqn.invars])
+        before = self._einsum_calls, self._path
+        self._einsum_calls = einsum_calls(jaxpr)
+        for i, eqn in enumerate(jaxpr.eqns):
+            self._path = (*before[1], i)
+            outs = self.checked(eqn, [read(var) for var in eqn.invars])
             env.update(zip(eqn.outvars, outs, strict=True))
-        self._einsum_calls = before
+        self._einsum_calls, self._path = before
         return [read(var) for var in jaxpr.outvars]
+
+    def checked(self, eqn: Any, ins: Sequence[Info]) -> list[Info]:
+        """The outputs of one equation. A leaf that ends here without a record is needed itself."""
+        before = len(self.uses), len(self.notes)
+        outs = self.equation(eqn, ins)
+        if leaves := _intact(ins) - _intact(outs):
+            recorded = {use.leaf for use in self.uses[before[0] :]}
+            recorded |= {note.leaf for note in self.notes[before[1] :]}
+            self.needed |= leaves - recorded
+        return outs
 
     def equation(self, eqn: Any, ins: Sequence[Info]) -> list[Info]:
         """What is known of the outputs of one equation."""
-        match eqn.primitive.name:
-            case "scan":
-                return self.scan(eqn, ins)
-            case "while":
-                return self.while_loop(eqn, ins)
-            case "cond":
-                return self.cond(eqn, ins)
-            case "shard_map":
-                return self.shard_map(eqn, ins)
-        if eqn.primitive.name not in RULES and inner_jaxpr(eqn) is not None:
-            return self.call(eqn, ins)
-        return RULES.get(eqn.primitive.name, unknown)(self, eqn, ins)
+        nested = {
+            primitives.scan_p: self.scan,
+            primitives.while_p: self.while_loop,
+            primitives.cond_p: self.cond,
+            "shard_map": self.shard_map,  # not exported
+        }
+        if method := nested.get(eqn.primitive, nested.get(eqn.primitive.name)):
+            return method(eqn, ins)
+        if rule := rule_of(eqn):
+            return rule(self, eqn, ins)
+        return self.call(eqn, ins) if inner_name(eqn) else unknown(self, eqn, ins)
 
     def call(self, eqn: Any, ins: Sequence[Info]) -> list[Info]:
         """Jit, remat, custom derivatives: the jaxpr runs once, on the operands."""
-        jaxpr, consts = opened(inner_jaxpr(eqn))
-        is_direct = eqn.primitive.name in TRANSPARENT and not eqn.params.get("differentiated")
+        jaxpr, consts = opened(eqn.params[inner_name(eqn)])
+        is_direct = eqn.primitive in CALLS and not eqn.params.get("differentiated")
         with self.inside(is_direct=is_direct):
             outs = self.run(jaxpr, [*map(captured_info, consts), *ins])
         return outs if is_direct else list(map(without_ride, outs))
 
     def scan(self, eqn: Any, ins: Sequence[Info]) -> list[Info]:
         """The steps run over the first axes of what is scanned."""
-        ins = self.loop_inputs(eqn, ins)
         jaxpr, consts = opened(eqn.params["jaxpr"])
-        with self.inside(trips=eqn.params["length"]):
+        steps = eqn.params["length"]
+        # A scan of references says by number which operands they are.
+        is_direct = not any(hasattr(effect, "input_index") for effect in eqn.effects)
+        with self.inside(trips=steps, is_direct=is_direct), self.looping(steps):
+            ins = self.loop_inputs(eqn, ins)
             outs = self.run(jaxpr, [*map(captured_info, consts), *ins])
-        first, carried = scan_parts(eqn)
+        first, carried = scan_parts(eqn.params)
         carry = ins[first : first + carried]
         for info in outs[carried:]:
             for track in info.tracks:
@@ -239,7 +288,7 @@ class Walk:
 
     def loop_inputs(self, eqn: Any, ins: Sequence[Info]) -> list[Info]:
         """What every step of a scan knows of its inputs."""
-        num_consts, num_carry = scan_parts(eqn)
+        num_consts, num_carry = scan_parts(eqn.params)
         consts, rest = list(ins[:num_consts]), ins[num_consts:]
         sliced = [self._sliced(info) for info in rest[num_carry:]]
         jaxpr, captured = opened(eqn.params["jaxpr"])
@@ -299,17 +348,18 @@ class Walk:
             carry = self._fixpoint(
                 eqn, list(ins[num_cond + num_body :]), lambda x: self.run(body, [*for_body, *x])
             )
-            self.run(cond, [*for_cond, *carry])
             after = self._joined(eqn, carry, self.run(body, [*for_body, *carry]))
+        with self.inside(1, is_direct=False):
+            self.run(cond, [*for_cond, *carry])
         return list(map(without_ride, after))
 
     def cond(self, eqn: Any, ins: Sequence[Info]) -> list[Info]:
         """All branches; an output may be any of theirs."""
         which, *operands = ins
         outs = []
-        for branch in eqn.params["branches"]:
+        for number, branch in enumerate(eqn.params["branches"]):
             jaxpr, consts = opened(branch)
-            with self.inside(is_certain=False):
+            with self.inside(number, is_certain=False):
                 outs.append(self.run(jaxpr, [*map(captured_info, consts), *operands]))
         return [_either(which, infos) for infos in zip(*outs, strict=True)]
 
@@ -345,28 +395,56 @@ class Walk:
 
     @contextlib.contextmanager
     def inside(
-        self, trips: int = 1, is_direct: bool = True, is_certain: bool = True
+        self, number: int = 0, trips: int = 1, is_direct: bool = True, is_certain: bool = True
     ) -> Iterator[None]:
-        """Marks what is recorded: how often it runs, whether `wrap` reaches it, and if at all."""
-        before = self._trips, self._is_direct, self._is_certain, self.depth
+        """Goes into one of the jaxprs of the equation at hand.
+
+        Marks what is recorded: how often it runs, whether `wrap` reaches it, and if at all.
+        """
+        before = self._path, self._trips, self._is_direct, self._is_certain
+        self._path = (*self._path, number)
         self._trips *= trips
         self._is_direct &= is_direct
         self._is_certain &= is_certain
-        self.depth += 1
         try:
             yield
         finally:
-            self._trips, self._is_direct, self._is_certain, self.depth = before
+            self._path, self._trips, self._is_direct, self._is_certain = before
+
+    @contextlib.contextmanager
+    def looping(self, steps: Any) -> Iterator[None]:
+        """Marks biases that are recorded in a loop."""
+        before = self._loops
+        self._loops |= {self.depth} if is_long(steps) else set()
+        try:
+            yield
+        finally:
+            self._loops = before
+
+    @property
+    def depth(self) -> int:
+        """How deep the jaxpr at hand is nested."""
+        return len(self._path) // 2
 
     @contextlib.contextmanager
     def silent(self) -> Iterator[None]:
         """Records nothing."""
-        before = self.uses, self.notes, self.biases
-        self.uses, self.notes, self.biases = [], [], set()
+        before = self.uses, self.notes, self.biases, self.needed, self._is_silent
+        self.uses, self.notes, self.biases, self.needed, self._is_silent = [], [], [], set(), True
         try:
             yield
         finally:
-            self.uses, self.notes, self.biases = before
+            self.uses, self.notes, self.biases, self.needed, self._is_silent = before
+
+
+def _intact(infos: Sequence[Info]) -> set[int]:
+    """The leaves of which values are rearrangements that still allow a scale on the output."""
+    return {
+        track.leaf
+        for info in infos
+        for track in info.tracks
+        if track.is_intact and not track.changed
+    }
 
 
 def _join(a: Info, b: Info) -> Info:

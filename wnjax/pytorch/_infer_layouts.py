@@ -6,9 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import chex
-
-from wnjax._infer_axes import examine
+from wnjax._analysis import Analyzer
 from wnjax._walk.layout import Atom, Axis
 from wnjax._walk.tracks import Info, Track, Use
 from wnjax._walk.walker import Walk
@@ -16,31 +14,30 @@ from wnjax.pytorch._layouts import Layout, name_of
 from wnjax.pytorch._names import without_collections
 
 
-def infer_layouts(
-    fn: Callable[..., Any], params: chex.ArrayTree, *args: Any, **kwargs: Any
-) -> dict[str, str | Layout]:
-    """Finds the `layouts` of a model's kernels, by tracing `fn(params, *args, **kwargs)`.
+def infer_layouts(fn: Callable[..., Any]) -> Callable[..., dict[str, str | Layout]]:
+    """Makes a function that tells the `layouts` of a model's kernels.
 
-    A kernel with as many inputs as outputs has the same shape in a convolution and in a transposed
-    one, and PyTorch keeps the two in different orders. The equation that consumes the kernel tells
-    which it is. Nothing is computed: tracing needs shapes and dtypes alone.
+    It takes the arguments of `fn`, and traces `fn(params, *args, **kwargs)`. A kernel with as many
+    inputs as outputs has the same shape in a convolution and in a transposed one, and PyTorch keeps
+    the two in different orders. The equation that consumes the kernel tells which it is. Nothing
+    is computed: tracing needs shapes and dtypes alone.
 
     Args:
       fn: the forward function, as for `wnjax.infer_axes`, such as
         `lambda params, x: model.apply({"params": params}, x)`.
-      params: the tree that is to be filled or written: its arrays, or their
-        `jax.ShapeDtypeStruct`s; parameters, or whole Linen variables.
-      *args: further arguments of `fn`: arrays or `jax.ShapeDtypeStruct`s. Anything else is static.
-      **kwargs: further keyword arguments of `fn`.
 
     Returns:
-      The `layouts` argument of `from_state_dict` and `to_state_dict`. It names the weights of
+      A function of the arguments of `fn`. `params`, the first, is the tree that is to be filled or
+      written: its arrays, or their `jax.ShapeDtypeStruct`s; parameters, or whole Linen variables.
+      The others are arrays or `jax.ShapeDtypeStruct`s; anything else is static. It returns the
+      `layouts` argument of `from_state_dict` and `to_state_dict`. That names the weights of
       convolutions, and the kernels with three or more axes of matrix products, such as attention's
       `out`. It leaves out those whose axes the equations do not show one by one, and those that
-      are used in two ways. Own layouts go before: `{"alpha": "channels1d"} | infer_layouts(...)`.
+      are used in two ways. Own layouts go before: `{"alpha": "channels1d"} | inferred`.
 
     Raises:
-      ValueError: if `fn` needs values of the data, or uses axis names that nothing binds.
+      ValueError: when that is called: if `fn` needs values of the data, or uses axis names that
+        nothing binds.
 
     >>> import flax.linen as nn
     >>> import jax, jax.numpy as jnp
@@ -48,23 +45,28 @@ def infer_layouts(
     >>> model = nn.Sequential([nn.ConvTranspose(4, (4,), (2,)), nn.Conv(4, (3,))])
     >>> x = jnp.ones((1, 8, 4))
     >>> params = jax.eval_shape(model.init, jax.random.key(0), x)
-    >>> wnjax.pytorch.infer_layouts(model.apply, params, x)
+    >>> wnjax.pytorch.infer_layouts(model.apply)(params, x)
     {'layers_0/kernel': 'conv_transpose', 'layers_1/kernel': 'conv'}
     """
-    examined = examine(fn, params, *args, **kwargs)
-    walk = _Convolutions([getattr(array, "shape", ()) for array in examined.arrays])
-    walk.run(examined.traced.jaxpr, examined.infos)
-    for use in examined.walk.uses:
-        if _is_linear(use, examined.paths[use.leaf]):
-            layout = Layout((tuple(sorted(use.features)), tuple(sorted(use.fan_in))))
-            walk.found.setdefault(use.leaf, set()).add(layout)
-    inside = without_collections(examined.paths)
-    return {
-        re.escape(inside[leaf]): name_of(layout)
-        for leaf, layouts in sorted(walk.found.items())
-        for layout in layouts
-        if layout is not None and len(layouts) == 1
-    }
+    analyze = Analyzer(fn)
+
+    def inferred(params: Any, *args: Any, **kwargs: Any) -> dict[str, str | Layout]:
+        analysis = analyze(params, *args, **kwargs)
+        walk = _Convolutions([getattr(array, "shape", ()) for array in analysis.arrays])
+        walk.analyze(analysis.traced.jaxpr, analysis.infos)
+        for use in analysis.walk.uses:
+            if _is_linear(use, analysis.paths[use.leaf]):
+                layout = Layout((tuple(sorted(use.features)), tuple(sorted(use.fan_in))))
+                walk.found.setdefault(use.leaf, set()).add(layout)
+        inside = without_collections(analysis.paths)
+        return {
+            re.escape(inside[leaf]): name_of(layout)
+            for leaf, layouts in sorted(walk.found.items())
+            for layout in layouts
+            if layout is not None and len(layouts) == 1
+        }
+
+    return inferred
 
 
 def _is_linear(use: Use, path: str) -> bool:

@@ -128,7 +128,7 @@ Layouts: TypeAlias = Mapping[str, str | Layout]
 
 TELL = (
     "The whole model tells it at once: model=, an nnx.Module, or "
-    "layouts=wnjax.pytorch.infer_layouts(fn, params, x); a pattern tells it of some: "
+    "layouts=wnjax.pytorch.infer_layouts(fn)(params, x); a pattern tells it of some: "
     "layouts={pattern: 'conv' or 'conv_transpose'}"
 )
 UNTOLD = (

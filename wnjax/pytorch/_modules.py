@@ -19,7 +19,7 @@ def layouts_of_modules(model: nnx.Module | None) -> dict[str, str | Layout]:
     if not isinstance(model, nnx.Module):
         raise TypeError(
             f"model must be an nnx.Module, got a {type(model).__name__}. Of a Linen module or a "
-            "function, pass layouts=wnjax.pytorch.infer_layouts(fn, params, x)"
+            "function, pass layouts=wnjax.pytorch.infer_layouts(fn)(params, x)"
         )
     inside = model.layer_instance if isinstance(model, WeightNorm) else model
     found = {}
