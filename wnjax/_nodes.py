@@ -9,7 +9,15 @@ import jax
 import jax.export
 import jax.numpy as jnp
 
+from wnjax._not_an_array import not_an_array
 
+
+def _array(v: Any) -> Any:
+    """The array of a direction, which may be in a Flax box."""
+    return next(iter(jax.tree.leaves(v)), None)
+
+
+@not_an_array
 class WeightNorm(NamedTuple):
     """A weight w = g·v/‖v‖: one length g and one direction v for every neuron.
 
@@ -33,7 +41,23 @@ class WeightNorm(NamedTuple):
     g: Any
     v: Any
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the weight."""
+        return _array(self.v).shape  # type: ignore[no-any-return]
 
+    @property
+    def dtype(self) -> Any:
+        """The dtype of the weight."""
+        return _array(self.v).dtype
+
+    @property
+    def ndim(self) -> int:
+        """The number of axes of the weight."""
+        return _array(self.v).ndim  # type: ignore[no-any-return]
+
+
+@not_an_array
 class LogWeightNorm(NamedTuple):
     """A weight w = exp(log_g)·v/‖v‖: a positive length, learned on a log scale.
 
@@ -54,6 +78,21 @@ class LogWeightNorm(NamedTuple):
 
     log_g: Any
     v: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the weight."""
+        return _array(self.v).shape  # type: ignore[no-any-return]
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype of the weight."""
+        return _array(self.v).dtype
+
+    @property
+    def ndim(self) -> int:
+        """The number of axes of the weight."""
+        return _array(self.v).ndim  # type: ignore[no-any-return]
 
 
 Node = WeightNorm | LogWeightNorm
