@@ -12,6 +12,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from wnjax._nodes import NODES, Node, is_weight_norm
+from wnjax._states import is_state, refuse_state
 
 NNXMeta = nnx.bridge.NNXMeta
 APART = "gain_of_weight_norm"  # in the metadata of a gain that is apart from its v
@@ -78,13 +79,21 @@ def box_node(box: Any, node: Node, feature_axes: Collection[int]) -> Any:
 
 
 def flatten(tree: Any) -> tuple[list[tuple[str, Any]], Any]:
-    """The (slash path, leaf) pairs of `tree`, and its treedef. Boxes and nodes are leaves."""
-    pairs, treedef = jax.tree_util.tree_flatten_with_path(
-        tree, is_leaf=lambda x: is_box(x) or is_weight_norm(x)
+    """The (slash path, leaf) pairs of `tree`, and its treedef. Boxes and nodes are leaves.
+
+    Raises:
+      ValueError: if the tree holds the state of an optimizer, or a container that would hide nodes.
+    """
+    keyed, treedef = jax.tree_util.tree_flatten_with_path(
+        tree, is_leaf=lambda x: is_box(x) or is_weight_norm(x) or is_state(x)
     )
     if any(NODES & _types(kept) for _, kept in _flattened(treedef)):
         check_holds_nodes(treedef)
-    return [(jax.tree_util.keystr(p, simple=True, separator="/"), x) for p, x in pairs], treedef
+    pairs = [(jax.tree_util.keystr(p, simple=True, separator="/"), x) for p, x in keyed]
+    for path, leaf in pairs:
+        if is_state(leaf):
+            refuse_state(path, leaf)
+    return pairs, treedef
 
 
 def check_holds_nodes(treedef: jax.tree_util.PyTreeDef) -> None:
@@ -127,12 +136,7 @@ def as_apart(box: Any) -> Any:
 
 def check_not_apart(leaves: Iterable[tuple[str, Any]]) -> None:
     """Raises ValueError if the leaves are of a `wnjax.nnx.WeightNorm`, and so hold no nodes."""
-    gains = [
-        path
-        for path, box in leaves
-        if isinstance(box, nnx.Variable) and box.get_metadata().get(APART)
-    ]
-    if gains:
+    if gains := _apart_gains(leaves):
         raise ValueError(
             "in the state of a wnjax.nnx.WeightNorm v is under layer_instance, and g apart from "
             "it: take its nodes(), and train these, or let an optimizer train some of its Params "
@@ -141,10 +145,24 @@ def check_not_apart(leaves: Iterable[tuple[str, Any]]) -> None:
         )
 
 
+def _apart_gains(leaves: Iterable[tuple[str, Any]]) -> list[str]:
+    return [
+        path
+        for path, box in leaves
+        if isinstance(box, nnx.Variable) and box.get_metadata().get(APART)
+    ]
+
+
 def unbox_node(leaf: Any) -> Any:
     """The node that a leaf is or holds, without boxes; None where there is none."""
     node = unbox(leaf)
     return type(node)(*map(unbox, node)) if is_weight_norm(node) else None
+
+
+def is_normalized(tree: Any) -> bool:
+    """Whether a tree holds (g, v) leaves, or the gains of a `wnjax.nnx.WeightNorm`."""
+    leaves = flatten(tree)[0]
+    return bool(_apart_gains(leaves)) or any(unbox_node(leaf) for _, leaf in leaves)
 
 
 def outer_box(leaf: Any) -> Any:
