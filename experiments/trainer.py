@@ -42,6 +42,7 @@ class Trainer:
     def __init__(self, config: Config):
         """Takes what does not change: the network and its optimizer."""
         self.config = config
+        self.has_nodes = config.weight_norm and not config.in_optimizer  # in the parameters
         dtype = jnp.bfloat16 if config.bfloat16 else None
         self.network = config.task.network(config.norm, dtype)
         self.average = optax.ema(config.ema_decay) if config.ema_decay else None
@@ -55,7 +56,7 @@ class Trainer:
         rngs = {"params": init_key, **_rngs(noise_key)}
         variables = self.network.init(rngs, task.inputs(few), train=True)
         params = variables.pop("params")
-        if config.weight_norm and not config.in_optimizer:
+        if self.has_nodes:
             axes = self.axes(params, variables, few)
             params = _scale_v(wnjax.weight_norm(params, axes), config.v_std)
         drawn, scale = params, None
@@ -108,7 +109,7 @@ class Trainer:
         self, params: Any, statistics: Any, batch: Batch, key: jax.Array, *, train: bool
     ) -> tuple[Measures, Any]:
         """The measures of every example, and the new statistics; params may hold nodes."""
-        forward = wnjax.wrap(self.forward)
+        forward = wnjax.wrap(self.forward) if self.has_nodes else self.forward
         outputs, statistics = forward(params, statistics, batch, key, train=train)
         return self.config.task.measures(outputs, batch), statistics
 
@@ -201,7 +202,7 @@ class Trainer:
         rows = self.indices(state, train, 1)[0]
         batch = self.share(jax.tree.map(lambda x: x[rows], train))
         _, _, updates, _ = self.updates(state, batch)
-        if self.config.weight_norm and not self.config.in_optimizer:
+        if self.has_nodes:
             found = wnjax.norms(state.params)
             change = {path: norms["v"] for path, norms in wnjax.norms(updates).items()}
         else:

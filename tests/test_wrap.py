@@ -1,11 +1,15 @@
 """`wrap(fn)(tree)` against `fn(fold(tree))`, and what it costs."""
 
 import chex
+import equinox as eqx
+import haiku as hk
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import linen as nn
+from flax import nnx
 from jax import export
 from jax.extend import core
 from jax.interpreters import ad, mlir
@@ -512,9 +516,51 @@ def test_static_arguments_and_outputs():
     chex.assert_trees_all_close(out["y"], jnp.tanh(jnp.ones((1, 3))), rtol=1e-6)
 
 
-def test_a_tree_without_nodes_goes_to_fn_as_it_is():
-    params = toys.mlp_params()
-    assert wnjax.wrap(lambda p: p)(params) is params
+def haiku_params():
+    params = {"linear": {"w": jnp.ones((3, 4)), "b": jnp.zeros(4)}}
+    return hk.data_structures.to_immutable_dict(params)
+
+
+PLAIN = {
+    "dict": toys.mlp_params,
+    "folded": lambda: wnjax.fold(wnjax.weight_norm(toys.mlp_params())),
+    "haiku": haiku_params,
+    "equinox": lambda: eqx.nn.Linear(3, 4, key=jax.random.key(0)),
+    "nnx state": lambda: nnx.state(nnx.Linear(3, 4, rngs=nnx.Rngs(0))),
+    "boxes": lambda: {"w": nn.Partitioned(jnp.ones((3, 4)), (None, None))},
+}
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_a_tree_without_nodes_goes_to_fn_as_it_is_with_one_warning(name):
+    params = PLAIN[name]()
+    wrapped = wnjax.wrap(lambda p: p)
+    with pytest.warns(
+        UserWarning, match=r"without weight normalization. Pass .*weight_norm\("
+    ) as w:
+        assert wrapped(params) is params
+    assert [record.filename for record in w] == [__file__]
+    wrapped(params)  # a second warning would be an error
+    with pytest.warns(UserWarning, match="without weight normalization"):
+        jax.jit(wnjax.wrap(jax.tree.leaves))(params)  # another function
+
+
+NORMALIZED = {
+    "dict": lambda: wnjax.weight_norm(toys.mlp_params()),
+    "haiku": lambda: wnjax.weight_norm(
+        hk.data_structures.to_mutable_dict(haiku_params()), {".*/w": -1}
+    ),
+    "equinox": lambda: wnjax.weight_norm(PLAIN["equinox"](), {"weight": 0}),
+    "nnx state": lambda: wnjax.weight_norm(PLAIN["nnx state"]()),
+    "nnx module": lambda: nnx.state(wnjax.nnx.WeightNorm(nnx.Linear(3, 4, rngs=nnx.Rngs(0)))),
+    "boxes": lambda: wnjax.weight_norm(PLAIN["boxes"](), {"w": 1}),
+    "no weights": lambda: {"b": jnp.ones(3), "n": jnp.ones((2, 3), int), "name": "dense"},
+}
+
+
+@pytest.mark.parametrize("name", NORMALIZED)
+def test_no_warning_of_normalized_trees_or_where_nothing_is_a_weight(name):
+    wnjax.wrap(lambda p: 0)(NORMALIZED[name]())
 
 
 def test_compiles_once_and_takes_donated_input():

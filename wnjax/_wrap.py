@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import functools
 import math
+import warnings
 from collections.abc import Callable, Mapping, Set
 from typing import Any
 
@@ -13,13 +14,14 @@ import jax.numpy as jnp
 
 from wnjax._analysis import Analysis, Analyzer
 from wnjax._axis_name import AxisName, split_over
-from wnjax._leaves import flatten, outer_box, rebox, unbox, unbox_node
+from wnjax._leaves import flatten, is_normalized, outer_box, rebox, unbox, unbox_node
 from wnjax._nodes import Node, gain_axes, scale, weight
 from wnjax._rewrite import Edit, Key, Rewritten, rewrite
 from wnjax._scaling import lay_out, times
 from wnjax._walk.layout import Layout
 from wnjax._walk.rules import is_narrow
 from wnjax._walk.sizes import is_at_most
+from wnjax._walk.trace import is_array
 from wnjax._walk.tracks import Use
 from wnjax._walk.walker import Walk
 from wnjax._weight_norm import warn_of_rounded_gains
@@ -56,7 +58,8 @@ def wrap(fn: Callable[..., Any], *, axis_name: AxisName = None) -> Callable[...,
 
     Returns:
       The function of the same arguments, but for nodes in `params` wherever one likes. A tree
-      without nodes goes to `fn` as it is.
+      without nodes goes to `fn` as it is, and a warning says so once: `fn` itself is the function
+      of folded parameters.
 
     Raises:
       ValueError: when called: if `fn` needs values of the data, or uses axis names that
@@ -74,12 +77,15 @@ def wrap(fn: Callable[..., Any], *, axis_name: AxisName = None) -> Callable[...,
     True
     """
     analyze = Analyzer(fn)
+    warn_once = functools.cache(_warn_of_plain)
 
     @functools.wraps(fn)
     def wrapped(params: Any, *args: Any, **kwargs: Any) -> Any:
         boxes, treedef = flatten(params)
         nodes = {i: node for i, (_, box) in enumerate(boxes) if (node := unbox_node(box))}
         if not nodes:
+            if _may_hold_weights(params) and not is_normalized(params):
+                warn_once()
             return fn(params, *args, **kwargs)
         paths = [path for path, _ in boxes]
         warn_of_rounded_gains(paths, nodes)
@@ -98,6 +104,23 @@ def wrap(fn: Callable[..., Any], *, axis_name: AxisName = None) -> Callable[...,
         return analysis.traced.rebuild(outputs)
 
     return wrapped
+
+
+def _may_hold_weights(params: Any) -> bool:
+    return any(
+        jnp.ndim(x) > 1 and jnp.issubdtype(x.dtype, jnp.floating)
+        for x in jax.tree.leaves(params)
+        if is_array(x)
+    )
+
+
+def _warn_of_plain() -> None:
+    warnings.warn(
+        "wrap: no leaf of the parameters is a (g, v) leaf, and the function runs without weight "
+        "normalization. Pass what weight_norm(params, axes) returns. Call the function itself, "
+        "without wrap, on parameters that are plain on purpose, such as folded ones",
+        stacklevel=3,
+    )
 
 
 def _program(analysis: Analysis, leaves: Set[int], avals: Mapping[Key, Any]) -> Rewritten:

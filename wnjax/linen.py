@@ -16,7 +16,7 @@ from flax.linen import transforms
 from wnjax._axes import Axes, Weight, decide
 from wnjax._check_module import check_module
 from wnjax._infer_axes import infer_axes
-from wnjax._leaves import flatten
+from wnjax._leaves import flatten, is_normalized
 from wnjax._mean_only import batch_mean, canonical, centered, running
 from wnjax._nodes import norm_dtype
 from wnjax._weight_norm import fold, weight_norm
@@ -120,7 +120,8 @@ def _normalized(fn: Callable[..., Any], axes: Axes | str, init: bool) -> Callabl
             _, (plain, _) = run(fold(params), others, call)
             infer = infer_axes(run)
             params = _with_new(params, plain, axes, lambda plain: infer(plain, others, call))
-        y, (_, others) = wrap(run)(params, others, call)
+        function = wrap(run) if is_normalized(params) else run
+        y, (_, others) = function(params, others, call)
         return y, (params, others)
 
     return lift.pack(inner, ("params", True), ("params", True), (True,), name="weight_norm")
