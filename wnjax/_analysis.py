@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from wnjax._axes import beside_parameters
 from wnjax._leaves import flatten, map_leaves, outer_box, rebox, unbox, unbox_node
 from wnjax._nodes import Node, weight
 from wnjax._walk.trace import Traced, Tracer, is_array
@@ -92,12 +93,14 @@ def _folded(kind: Callable[..., Node], *types: Any) -> Any:
 def _input_infos(traced: Traced, arrays: Sequence[Any], plain: Any) -> list[Info]:
     """What is known of the inputs of a traced function, whose first argument is `plain`."""
     infos = [*map(captured_info, traced.consts)]
-    owners = [i for i, (_, box) in enumerate(flatten(plain)[0]) for _ in jax.tree.leaves(box)]
+    leaves = flatten(plain)[0]
+    owners = [i for i, (_, box) in enumerate(leaves) for _ in jax.tree.leaves(box)]
+    others = beside_parameters(leaves)  # data, as they are where they come as another argument
     for place, leaf in enumerate(traced.places):
         if leaf is None:
             continue
         owner = owners[place] if place < len(owners) else None
-        known = owner is not None and is_array(arrays[owner])
+        known = owner is not None and owner not in others and is_array(arrays[owner])
         infos.append(
             leaf_info(owner, arrays[owner].shape)
             if known and owner is not None

@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 import chex
 import jax
 import optax
+from flax import nnx
 
 from wnjax._leaves import check_not_apart, flatten, listing, unbox
 
@@ -88,6 +89,37 @@ class NotWeight:
 Decision = Weight | NotWeight
 
 
+# What Flax keeps beside parameters: Linen by these names, NNX in variables of these types.
+_COLLECTIONS = {
+    "batch_stats": nnx.BatchStat,
+    "cache": nnx.Cache,
+    "intermediates": nnx.Intermediate,
+    "perturbations": nnx.Perturbation,
+}
+
+
+def beside_parameters(leaves: Sequence[tuple[str, Any]]) -> dict[int, NotWeight]:
+    """The leaves that are no parameters, by their place in the order of `flatten`.
+
+    A collection of Linen is recognized by `params` beside it: a module may have its name.
+    """
+    groups = {
+        before
+        for path, _ in leaves
+        for before, name, _ in [f"/{path}".partition("/params/")]
+        if name
+    }
+    found = {}
+    for i, (path, box) in enumerate(leaves):
+        for name, kind in _COLLECTIONS.items():
+            before, is_named, _ = f"/{path}".partition(f"/{name}/")
+            if isinstance(box, kind) or (is_named and before in groups):
+                reason = f"not a parameter: in the collection {name}"
+                shape = getattr(unbox(box), "shape", None)
+                found[i] = NotWeight(reason, shape, is_understood=True)
+    return found
+
+
 def decide(
     params: chex.ArrayTree, axes: Axes = None, *, is_part: bool = False
 ) -> list[tuple[str, Any, Decision]]:
@@ -109,7 +141,9 @@ def decide(
     leaves = [(path, unbox(leaf)) for path, leaf in boxes]
     paths = [path for path, _ in leaves]
     if axes is None:
-        decisions = [by_flax_names(path, leaf) for path, leaf in leaves]
+        others = beside_parameters(boxes)
+        named = [by_flax_names(path, leaf) for path, leaf in leaves]
+        decisions = [others.get(i, decision) for i, decision in enumerate(named)]
     elif _holds_decisions(axes):
         decisions = _by_tree(axes, paths)  # before callables: an Equinox module is both
     elif callable(axes):

@@ -15,7 +15,15 @@ import jax.numpy as jnp
 from jax.extend import core
 
 from wnjax._analysis import Analysis, Analyzer
-from wnjax._axes import Decision, FeatureAxes, NotWeight, Weight, by_patterns, canonical_axes
+from wnjax._axes import (
+    Decision,
+    FeatureAxes,
+    NotWeight,
+    Weight,
+    beside_parameters,
+    by_patterns,
+    canonical_axes,
+)
 from wnjax._leaves import flatten, listing, outer_box, rebox
 from wnjax._walk.trace import is_array
 from wnjax._walk.tracks import Note, Site, Use
@@ -107,7 +115,9 @@ def infer_axes(
 
 def decide_all(analysis: Analysis) -> list[Decision]:
     """What every leaf is."""
-    return _Verdicts(analysis.walk, analysis.paths, analysis.arrays).decisions()
+    decisions = _Verdicts(analysis.walk, analysis.paths, analysis.arrays).decisions()
+    others = beside_parameters(flatten(analysis.plain)[0])
+    return [others.get(i, decision) for i, decision in enumerate(decisions)]
 
 
 def _warn_of_masks(analysis: Analysis, leaves: Sequence[int]) -> None:
