@@ -49,6 +49,10 @@ def infer_axes(
     stacks, experts, einsum, transposed convolutions, tied embeddings. What is not understood is
     not guessed, but reported. Nothing is computed: tracing needs shapes and dtypes alone.
 
+    `params` may be the whole variables of a Linen module, or the state of an NNX one. Leaves in the
+    collections `batch_stats`, `cache`, `intermediates` and `perturbations`, and the variables of
+    these kinds, are no parameters, and are taken for data.
+
     One call of `einsum`, with its subscripts in a string, is one sum, whatever the order of its
     products: in a bilinear layer, `einsum("bi,bj,ijo->bo", x, y, w)`, w has the fan-in axes 0 and
     1. An array that `fn` closes over may be data, or a constant such as a basis. Where what follows
@@ -77,7 +81,8 @@ def infer_axes(
     Raises:
       ValueError: when that is called: if `fn` returns gradients or new parameters, if it needs
         values of the data, if it uses axis names that nothing binds, if an override matches no leaf
-        or does not fit it, or if `strict` and leaves were refused; the message lists all of them.
+        or does not fit it, if `params` hold the state of an optimizer, or if `strict` and leaves
+        were refused; the message lists all of them.
 
     >>> import jax, jax.numpy as jnp, flax.linen as nn
     >>> import wnjax

@@ -39,7 +39,8 @@ def summary(tree: chex.ArrayTree) -> str:
       The table as a string of several lines.
 
     Raises:
-      ValueError: if `tree` is the state of a `wnjax.nnx.WeightNorm`: take its `nodes()`.
+      ValueError: if `tree` is the state of a `wnjax.nnx.WeightNorm`: take its `nodes()`; or if it
+        holds the state of an optimizer.
 
     >>> import jax.numpy as jnp
     >>> import wnjax
@@ -133,7 +134,8 @@ def labels(tree: chex.ArrayTree) -> chex.ArrayTree:
       A tree of the same structure, nodes and boxes included, with strings as leaves.
 
     Raises:
-      ValueError: if `tree` is the state of a `wnjax.nnx.WeightNorm`: take its `nodes()`.
+      ValueError: if `tree` is the state of a `wnjax.nnx.WeightNorm`: take its `nodes()`; or if it
+        holds the state of an optimizer.
 
     >>> import jax.numpy as jnp, optax
     >>> import wnjax

@@ -22,7 +22,10 @@ class WeightNorm(NamedTuple):
     """A weight w = g·v/‖v‖: one length g and one direction v for every neuron.
 
     A plain pytree of two arrays. The shapes say which axes a neuron sums over, so
-    slicing, stacking, vmapping, scanning, sharding and checkpointing just work.
+    slicing, stacking, vmapping, scanning, sharding and checkpointing just work. It has the `shape`,
+    `dtype` and `ndim` of the weight, so that `jnp.zeros_like` takes it. It is no array: operators,
+    `jnp.asarray` and indices other than those of a tuple raise a TypeError that says to fold the
+    parameters or to wrap the function.
 
     Source: Salimans & Kingma 2016, https://arxiv.org/abs/1602.07868, equation 2.
 
@@ -62,7 +65,7 @@ class LogWeightNorm(NamedTuple):
     """A weight w = exp(log_g)·v/‖v‖: a positive length, learned on a log scale.
 
     Source: Salimans & Kingma 2016, https://arxiv.org/abs/1602.07868, section 2,
-    which calls log_g s.
+    which calls log_g s. It is no array either, as `WeightNorm` is none.
 
     Attributes:
       log_g: the logarithms of the gains: shape and dtype as `WeightNorm.g`.

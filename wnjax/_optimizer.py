@@ -84,7 +84,8 @@ def weight_normalized(
 
     Raises:
       ValueError: by `init` and `update`: if nothing is normalized, if axes do not fit, if `params`
-        hold nodes (which `optimizer` itself trains), or are missing; and as `fold`, with the
+        hold nodes (which `optimizer` itself trains) or the state of an optimizer, or are missing;
+        and as `fold`, with the
         lengths for g.
       TypeError: by `update`: if the state is not that of `init`, as one that was restored without
         a target; or if another extra argument is a function, which would be given nodes.

@@ -81,8 +81,9 @@ def weight_norm(
 
         * None: Flax's naming rules: leaves named `kernel` with two or more axes, the last
           of them the feature axis; the last two in a three-axis kernel under `query`,
-          `key` or `value`. No rule of this kind can know layers under `nn.scan` or `nn.vmap`,
-          einsum layers, or `ConvTranspose(transpose_kernel=True)`: give their axes.
+          `key` or `value`. Leaves in `batch_stats` and the like beside `params` are none. No rule
+          of this kind can know layers under `nn.scan` or `nn.vmap`, einsum layers, or
+          `ConvTranspose(transpose_kernel=True)`: give their axes.
         * a dict from regular expressions, matched against the whole slash path, to feature
           axes, or to None for a leaf to be kept; the first match wins.
         * a callable `(path, leaf) -> feature axes or None`.
@@ -108,9 +109,10 @@ def weight_norm(
 
     Raises:
       ValueError: if a pattern matches no leaf or never applies, if nothing is normalized at
-        all, if axes do not fit a leaf, if `params` already has nodes, or if `log_scale` meets
-        neurons of zeros, which it cannot express. (Inside `jit` and other transformations
-        values are not known; they get the smallest gain of their dtype and hardly train.) If
+        all, if axes do not fit a leaf, if `params` already has nodes or holds the state of an
+        optimizer, as a `TrainState` does, or if `log_scale` meets neurons of zeros, which it cannot
+        express. (Inside `jit` and other transformations values are not known; they get the
+        smallest gain of their dtype and hardly train.) If
         a pattern of `axis_name` matches no leaf, or if `shard_map` knows a weight to be the same
         all along an axis named for it. (That its neurons are split over it cannot be known here.)
       TypeError: if a leaf to be normalized is not a floating-point array.
@@ -173,10 +175,11 @@ def fold(tree: chex.ArrayTree, *, axis_name: AxisName = None) -> chex.ArrayTree:
       `tree` with a weight of v's shape, dtype and box in the place of every node.
 
     Raises:
-      ValueError: if the shapes of a node's g and v do not fit each other; if a pattern matches no
-        leaf; if `shard_map` knows that v does not vary along an axis named for it, or that g
-        does; or, for None and where no pattern matches, that v varies along an axis, and g does
-        not. Where shards have been gathered that is right: `()` says so.
+      ValueError: if the shapes of a node's g and v do not fit each other; if `tree` holds the state
+        of an optimizer; if a pattern matches no leaf; if `shard_map` knows that v does not vary
+        along an axis named for it, or that g does; or, for None and where no pattern matches, that
+        v varies along an axis, and g does not. Where shards have been gathered that is right: `()`
+        says so.
       TypeError: if v is an array and g only a shape.
 
     >>> import jax.numpy as jnp
