@@ -52,10 +52,16 @@ def x64():
         yield
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def optimized():
-    """Compiles a test with LLVM's optimizations, as users do."""
+    """Compiles the tests of a module with LLVM's optimizations, as users do.
+
+    The bits of results depend on it, and JAX's caches in memory do not: a program that was compiled
+    one way would go on to serve where the other is asked for.
+    """
     before = jax.config.read("jax_disable_most_optimizations")
+    jax.clear_caches()
     jax.config.update("jax_disable_most_optimizations", False)
     yield
+    jax.clear_caches()
     jax.config.update("jax_disable_most_optimizations", before)
