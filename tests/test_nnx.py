@@ -35,18 +35,18 @@ class Network(nnx.Module):
 
 
 class Stack(nnx.Module):
-    """Layers under scan, of which the naming rules know nothing."""
+    """Layers under scan. The naming rules cannot tell a stack of three from heads."""
 
-    def __init__(self, rngs):
+    def __init__(self, layers, rngs):
         make = nnx.vmap(lambda rngs: nnx.Linear(3, 3, rngs=rngs))
-        self.layers = nnx.split_rngs(splits=4)(make)(rngs)
+        self.layers = nnx.split_rngs(splits=layers)(make)(rngs)
 
     def __call__(self, x):
         scan = nnx.scan(in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
         return scan(lambda layer, x: nnx.relu(layer(x)))(self.layers, x)
 
 
-TRANSPOSED = partial(nnx.ConvTranspose, 2, 3, (3,), transpose_kernel=True)
+TRANSPOSED = partial(nnx.ConvTranspose, 2, kernel_size=(3,), transpose_kernel=True)
 GATES = {f"cell.{i}.kernel": (0,) for i in ("ii", "if_", "ig", "io", "hi", "hf", "hg", "ho")}
 PROJECTIONS = ("mix.query", "mix.key", "mix.value", "layers.0", "layers.1")
 FAN_IN = {f"{name}.kernel": (0,) for name in PROJECTIONS}
@@ -56,11 +56,13 @@ RIGHT = {  # by the naming rules too
     "linear": (partial(nnx.Linear, 3, 4), (5, 3), {"kernel": (0,)}),
     "lstm": (lambda rngs: nnx.RNN(nnx.LSTMCell(3, 4, rngs=rngs)), (2, 3, 3), GATES),
     "network": (Network, (2, 5, 3), FAN_IN),
+    "heads": (partial(nnx.LinearGeneral, 4, (2, 3)), (5, 4), {"kernel": (0,)}),
+    "transposed": (partial(TRANSPOSED, out_features=3), (2, 5, 2), {"kernel": (0, 2)}),
+    "stack": (partial(Stack, 4), (5, 3), {"layers.kernel": (1,)}),
 }
 WRONG = {
-    "heads": (partial(nnx.LinearGeneral, 4, (2, 3)), (5, 4), {"kernel": (0,)}),
-    "transposed": (TRANSPOSED, (2, 5, 2), {"kernel": (0, 2)}),
-    "stack": (Stack, (5, 3), {"layers.kernel": (1,)}),
+    "square": (partial(TRANSPOSED, out_features=2), (2, 5, 2), {"kernel": (0, 2)}),
+    "three layers": (partial(Stack, 3), (5, 3), {"layers.kernel": (1,)}),
 }
 CASES = RIGHT | WRONG
 every_case = pytest.mark.parametrize("name", CASES)
@@ -356,7 +358,7 @@ def test_axes_that_do_not_fit_are_refused(case):
 
 def test_an_optimizer_made_before_the_first_call_that_finds_other_axes():
     """Its moments, of other shapes, would stretch g without a word."""
-    layer = nnx.ConvTranspose(2, 3, (3,), transpose_kernel=True, rngs=nnx.Rngs(0))
+    layer = nnx.ConvTranspose(2, 2, (3,), transpose_kernel=True, rngs=nnx.Rngs(0))
     module = WeightNorm(layer)
     optimizer = nnx.Optimizer(module, optax.adam(1e-3), wrt=nnx.Param)
     x = np.ones((1, 5, 2), np.float32)

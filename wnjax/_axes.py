@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import operator
 import re
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -19,6 +20,7 @@ import optax
 from flax import nnx
 
 from wnjax._leaves import check_not_apart, flatten, listing, unbox
+from wnjax._names import Named, named
 
 FeatureAxes: TypeAlias = int | tuple[int, ...]
 Axes: TypeAlias = (
@@ -121,19 +123,25 @@ def beside_parameters(leaves: Sequence[tuple[str, Any]]) -> dict[int, NotWeight]
 
 
 def decide(
-    params: chex.ArrayTree, axes: Axes = None, *, is_part: bool = False
+    params: chex.ArrayTree,
+    axes: Axes = None,
+    *,
+    is_part: bool = False,
+    is_provisional: bool = False,
 ) -> list[tuple[str, Any, Decision]]:
     """What `axes` says of every leaf of `params`, in the order of `flatten`.
 
     With `is_part`, patterns may speak of leaves that `params` lacks. A tree always may: one that
-    was found for the whole model serves for a part of it.
+    was found for the whole model serves for a part of it. With `is_provisional`, the naming rules
+    take what is likeliest where they would refuse or warn: something else will tell.
 
     Returns:
       A list of (slash path, leaf without its box, decision).
 
     Raises:
       ValueError: if a pattern matches no leaf or is no regular expression, or if a tree
-        of decisions lacks a leaf; if `params` are the state of an NNX WeightNorm.
+        of decisions lacks a leaf; if Flax's naming rules refuse a kernel; if `params` are
+        the state of an NNX WeightNorm.
       TypeError: if `axes` is none of the forms.
     """
     boxes = flatten(params)[0]
@@ -142,8 +150,9 @@ def decide(
     paths = [path for path, _ in leaves]
     if axes is None:
         others = beside_parameters(boxes)
-        named = [by_flax_names(path, leaf) for path, leaf in leaves]
-        decisions = [others.get(i, decision) for i, decision in enumerate(named)]
+        parameters = [leaf for i, leaf in enumerate(leaves) if i not in others]
+        by_names = iter(_by_flax_names(parameters, is_provisional))
+        decisions = [others[i] if i in others else next(by_names) for i in range(len(leaves))]
     elif _holds_decisions(axes):
         decisions = _by_tree(axes, paths)  # before callables: an Equinox module is both
     elif callable(axes):
@@ -197,22 +206,70 @@ def _holds_decisions(axes: Any) -> bool:
     )
 
 
-def by_flax_names(path: str, leaf: Any) -> Decision:
-    """Flax's naming rules: what a leaf is, judged by its path and rank alone.
+def _by_flax_names(leaves: Sequence[tuple[str, Any]], is_provisional: bool) -> list[Decision]:
+    """What leaves are by Flax's naming rules: weights are those named `kernel`.
 
-    Leaves named `kernel` with two or more axes are weights, and their last axis is the
-    feature axis. Under modules named `query`, `key` or `value`, a kernel with three axes
-    has two feature axes, head and head dimension. No rule can tell a scanned Dense from
-    a 1-D convolution, or see that a `ConvTranspose` has `transpose_kernel=True`.
+    Raises:
+      ValueError: if the rules refuse a kernel, unless `is_provisional`.
     """
-    *modules, name = path.split("/")
-    rank = getattr(leaf, "ndim", 0)
-    if name != "kernel":
-        return NotWeight("not named kernel")
-    if rank < 2:
-        return NotWeight(f"has {rank} axes, fewer than two")
-    is_projection = rank == 3 and modules[-1:] in (["query"], ["key"], ["value"])
-    return Weight((-2, -1) if is_projection else (-1,))
+    shapes = {path: tuple(getattr(leaf, "shape", ())) for path, leaf in leaves}
+    kernels: dict[str, Named] = {}
+    decisions: list[Decision] = []
+    for path, _ in leaves:
+        *modules, name = path.split("/")
+        shape = shapes[path]
+        if name != "kernel":
+            decisions.append(NotWeight("not named kernel"))
+        elif len(shape) < 2:
+            decisions.append(NotWeight(f"has {len(shape)} axes, fewer than two"))
+        else:
+            kernels[path] = named(modules, shape, shapes.get(_beside(path)))
+            decisions.append(Weight(kernels[path].feature_axes))
+    if not is_provisional:
+        _check_named(kernels, shapes)
+    return decisions
+
+
+def _beside(path: str) -> str:
+    """The path of the bias in the module of a kernel."""
+    return "/".join([*path.split("/")[:-1], "bias"])
+
+
+def _check_named(kernels: Mapping[str, Named], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises ValueError for kernels that the rules refuse, and warns of those that they guess."""
+    ask = (
+        "Let the computation tell them: axes=wnjax.infer_axes(fn)(params, *args). Or give patterns "
+        "for all weights"
+    )
+    refused = [
+        f"{path} of shape {shapes[path]} beside a bias of shape {shapes[_beside(path)]}: "
+        + " or ".join(_line(path, axes) for axes in kernel.possible or ["feature_axes"])
+        for path, kernel in kernels.items()
+        if kernel.is_refused
+    ]
+    if refused:
+        raise ValueError(
+            "Flax's naming rules do not tell the feature axes of these kernels: the shape of the "
+            f"bias fits no layer that they know, or several. {ask}, with such a line for each of "
+            f"these:{listing(refused)}"
+        )
+    guessed = [
+        f"{path} of shape {shapes[path]}: {_line(path, kernel.feature_axes)}"
+        for path, kernel in kernels.items()
+        if kernel.is_guess
+    ]
+    if guessed:
+        warnings.warn(
+            "Flax's naming rules guess the feature axes of these kernels. Neither a name nor a "
+            "bias tells whether a kernel is a stack of layers, as under nn.scan or nn.vmap, or has "
+            f"the outputs before the inputs, as with transpose_kernel=True. {ask}. The guess "
+            f"is:{listing(guessed)}",
+            stacklevel=5,
+        )
+
+
+def _line(path: str, axes: Any) -> str:
+    return f"axes={{{re.escape(path)!r}: {axes}, ...}}"
 
 
 def _by_callable(axes: Callable[[str, Any], Any], path: str, leaf: Any) -> Decision:

@@ -79,11 +79,15 @@ def weight_norm(
       axes: which leaves are weights, and their feature axes (all axes but those that
         the layer sums over). One of
 
-        * None: Flax's naming rules: leaves named `kernel` with two or more axes, the last
-          of them the feature axis; the last two in a three-axis kernel under `query`,
-          `key` or `value`. Leaves in `batch_stats` and the like beside `params` are none. No rule
-          of this kind can know layers under `nn.scan` or `nn.vmap`, einsum layers, or
-          `ConvTranspose(transpose_kernel=True)`: give their axes.
+        * None: Flax's naming rules. Weights are the leaves named `kernel` with two or more axes.
+          Their last axis is the feature axis; the last two are in a three-axis kernel under
+          `query`, `key` or `value`. The bias beside a kernel is the witness, since it has the
+          shape of the feature axes: it tells stacks under `nn.scan` or `nn.vmap`, and several
+          outputs. A kernel is refused where its bias fits no layer, as that of
+          `ConvTranspose(transpose_kernel=True)` does, or fits several. Where a kernel of three or
+          more axes has neither a bias nor a name that tells (`Conv_0`, `query`, `key`, `value`,
+          `out`), the last axis is a guess, of which a warning tells. Leaves in `batch_stats` and
+          the like beside `params` are no weights.
         * a dict from regular expressions, matched against the whole slash path, to feature
           axes, or to None for a leaf to be kept; the first match wins.
         * a callable `(path, leaf) -> feature axes or None`.
@@ -108,12 +112,12 @@ def weight_norm(
       to `jit` uses up the other.
 
     Raises:
-      ValueError: if a pattern matches no leaf or never applies, if nothing is normalized at
-        all, if axes do not fit a leaf, if `params` already has nodes or holds the state of an
-        optimizer, as a `TrainState` does, or if `log_scale` meets neurons of zeros, which it cannot
-        express. (Inside `jit` and other transformations values are not known; they get the
-        smallest gain of their dtype and hardly train.) If
-        a pattern of `axis_name` matches no leaf, or if `shard_map` knows a weight to be the same
+      ValueError: if a pattern matches no leaf or never applies, if the naming rules refuse a
+        kernel, if nothing is normalized at all, if axes do not fit a leaf, if `params` already
+        has nodes or holds the state of an optimizer, as a `TrainState` does, or if `log_scale`
+        meets neurons of zeros, which it cannot express. (Inside `jit` and other transformations
+        values are not known; they get the smallest gain of their dtype and hardly train.) If a
+        pattern of `axis_name` matches no leaf, or if `shard_map` knows a weight to be the same
         all along an axis named for it. (That its neurons are split over it cannot be known here.)
       TypeError: if a leaf to be normalized is not a floating-point array.
 

@@ -29,13 +29,13 @@ class WeightNorm(nnx.Module):
     hold v where they held w; the Params in `g` have the same paths, v's rank, and
     size 1 on the fan-in axes.
 
-    Which Params are weights, and over which axes their norms run, is traced when the module
-    is first called. Until then Flax's naming rules hold; they are right for `nnx.Linear`,
-    `nnx.Conv` and `nnx.MultiHeadAttention`, so that an optimizer may be made at once. Where they
-    were not, the first call takes the norms anew without changing the function; make
-    optimizers after it, or pass `axes`. Params that hold `wnjax.WeightNorm` nodes already, as after
-    `nnx.update(module, wnjax.pytorch.from_state_dict(...))`, keep their g and v. Inside
-    `shard_map`, keep the fan-in axes whole; `wrap` takes them split.
+    Which Params are weights, and over which axes their norms run, is traced when the module is
+    first called. Until then Flax's naming rules hold; they are right for `nnx.Linear`, `nnx.Conv`,
+    `nnx.MultiHeadAttention` and, by their biases, for stacks of these, so that an optimizer may be
+    made at once. Where the rules were wrong, the first call takes the norms anew without changing
+    the function; make optimizers after it, or pass `axes`. Params that hold `wnjax.WeightNorm`
+    nodes already, as after `nnx.update(module, wnjax.pytorch.from_state_dict(...))`, keep their g
+    and v. Inside `shard_map`, keep the fan-in axes whole; `wrap` takes them split.
 
     Source: Salimans & Kingma 2016, https://arxiv.org/abs/1602.07868, equation 2.
 
@@ -81,9 +81,10 @@ class WeightNorm(nnx.Module):
             self._take_given(params)
             return
         chosen: Any = None if self.needs_check else axes
-        decisions = decide(params, chosen)
-        if not self.needs_check or any(isinstance(what, Weight) for _, _, what in decisions):
-            self._take(weight_norm(params, chosen))
+        decided = decide(params, chosen, is_provisional=self.needs_check)
+        decisions = {path: what for path, _, what in decided}
+        if not self.needs_check or any(isinstance(what, Weight) for what in decisions.values()):
+            self._take(weight_norm(params, decisions))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the module, or one of its methods.
