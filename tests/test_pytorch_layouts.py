@@ -117,8 +117,9 @@ def test_square_kernels_of_which_nothing_is_told_are_refused():
     template = {"blocks": {i: {"kernel": jnp.zeros((3, 4, 4))} for i in range(12)}}
     text = message(state | {"more": array(1)}, template)
     assert (
-        "kernels with as many inputs as outputs, of which nothing tells whether they are those of "
-        "a convolution or of a transposed one:\n  blocks/0/kernel\n"
+        "kernels with as many inputs as outputs, or beside a bias of several axes, of which "
+        "nothing tells whether they are those of a convolution, of a transposed one, or of several heads:"
+        "\n  blocks/0/kernel\n"
     ) in text
     assert text.count("blocks/0") == 1
     assert "... and 4 more\nThe whole model tells it at once: model=, an nnx.Module, or " in text
@@ -239,3 +240,17 @@ def test_a_normalized_convolution_with_one_tap_is_a_dense_layer():
     w = state["weight_v"] * state["weight_g"]
     w /= np.linalg.norm(state["weight_v"], axis=(1, 2), keepdims=True)
     np.testing.assert_allclose(wnjax.fold(tree)["kernel"], w[:, :, 0].T, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "kernel", "bias"),
+    [("dense", (5, 3, 4), (5, 4)), ("heads", (4, 2, 3), (2, 3)), ("query", (5, 3, 4), (5, 4))],
+)
+def test_a_bias_of_several_axes_shows_that_a_kernel_is_no_convolution(name, kernel, bias):
+    tree = {name: {"kernel": jnp.zeros(kernel), "bias": jnp.zeros(bias)}}
+    with pytest.raises(
+        ValueError, match=rf"bias of several axes.* nothing tells .*\n  {name}/kernel"
+    ):
+        to_state_dict(tree)
+    state = to_state_dict(tree, layouts={f"{name}/kernel": "heads"})
+    assert state[f"{name}.weight"].shape == (kernel[1] * kernel[2], kernel[0])

@@ -132,8 +132,8 @@ TELL = (
     "layouts={pattern: 'conv' or 'conv_transpose'}"
 )
 UNTOLD = (
-    "kernels with as many inputs as outputs, of which nothing tells whether they are those of a "
-    "convolution or of a transposed one"
+    "kernels with as many inputs as outputs, or beside a bias of several axes, of which nothing "
+    "tells whether they are those of a convolution, of a transposed one, or of several heads"
 )
 
 
@@ -144,7 +144,8 @@ class Chosen(NamedTuple):
       called: what it is called in messages.
       layout: what it is.
       is_told: whether anything tells it. If not, the leaf has as many inputs as outputs, so that
-        its shape cannot show a mistake.
+        its shape cannot show a mistake, or it is in a stack or has several output axes, as the
+        bias beside it shows.
     """
 
     called: str
@@ -178,16 +179,20 @@ def layouts_of(
         )
     given = given or {}
     firsts = first_patterns(given, paths, "layouts")
+    beside = dict(zip(paths, shapes, strict=True))
     return [
-        _chosen(path, shape, modules.get(path) if first is None else given[first])
+        _chosen(path, shape, modules.get(path) if first is None else given[first], beside)
         for path, shape, first in zip(paths, shapes, firsts, strict=True)
     ]
 
 
-def _chosen(path: str, shape: tuple[int, ...], told: Any) -> Chosen:
+def _chosen(
+    path: str, shape: tuple[int, ...], told: Any, beside: Mapping[str, tuple[int, ...]]
+) -> Chosen:
     if told is not None:
         return Chosen(*_layout(path, told, len(shape)))
-    name, is_told = _by_name(path, shape)
+    bias = beside.get(re.sub(r"(^|/)kernel$", r"\1bias", path), ())
+    name, is_told = _by_name(path, shape, bias)
     return Chosen(*_layout(path, name, len(shape)), is_told)
 
 
@@ -210,8 +215,11 @@ def _layout(path: str, layout: Any, rank: int) -> tuple[str, Layout]:
     return repr(layout), make(rank)
 
 
-def _by_name(path: str, shape: tuple[int, ...]) -> tuple[str, bool]:
-    """The layout of a leaf by Flax's names, as in the naming rules for axes, and if it is told."""
+def _by_name(path: str, shape: tuple[int, ...], bias: tuple[int, ...]) -> tuple[str, bool]:
+    """The layout of a leaf by Flax's names, as in the naming rules for axes, and if it is told.
+
+    A bias of several axes is that of heads, or of a stack of layers.
+    """
     *modules, name = path.split("/")
     rank = len(shape)
     if name == "bias" and rank > 1:
@@ -220,17 +228,19 @@ def _by_name(path: str, shape: tuple[int, ...]) -> tuple[str, bool]:
         return "same", True
     if rank == 2:
         return "linear", True
-    if re.fullmatch(r"Conv_\d+", "".join(modules[-1:])):  # Linen's own names of plain convolutions
-        return "conv", True
+    is_projection = rank == 3 and modules[-1:] in (["query"], ["key"], ["value"])
+    is_one_layer = len(bias) < 2 or (is_projection and bias == shape[1:])
+    if is_one_layer and re.fullmatch(r"Conv_\d+", "".join(modules[-1:])):
+        return "conv", True  # Linen's own names of plain convolutions
     if any(module.startswith("ConvTranspose") for module in modules):
         raise ValueError(
             f"layouts: {path} is the kernel of a transposed convolution, whose order of axes "
             "shapes cannot always tell: give 'conv_transpose', or 'conv' for "
             f"transpose_kernel=True. {TELL}"
         )
-    if rank == 3 and modules[-1:] in (["query"], ["key"], ["value"]):
+    if is_one_layer and is_projection:
         return "heads", True
-    return "conv", shape[-1] != shape[-2] or math.prod(shape) == 1
+    return "conv", is_one_layer and (shape[-1] != shape[-2] or math.prod(shape) == 1)
 
 
 def fitting(torch_shape: Sequence[int], shape: Sequence[int]) -> list[str]:
