@@ -118,8 +118,8 @@ def test_square_kernels_of_which_nothing_is_told_are_refused():
     text = message(state | {"more": array(1)}, template)
     assert (
         "kernels with as many inputs as outputs, or beside a bias of several axes, of which "
-        "nothing tells whether they are those of a convolution, of a transposed one, or of several heads:"
-        "\n  blocks/0/kernel\n"
+        "nothing tells whether they are those of a convolution, of a transposed one, or of several "
+        "heads:\n  blocks/0/kernel\n"
     ) in text
     assert text.count("blocks/0") == 1
     assert "... and 4 more\nThe whole model tells it at once: model=, an nnx.Module, or " in text
