@@ -4,6 +4,7 @@ from wnjax import convert as convert
 from wnjax import linen as linen
 from wnjax import nnx as nnx
 from wnjax import pytorch as pytorch
+from wnjax._axes import Axes as Axes
 from wnjax._axes import NotWeight as NotWeight
 from wnjax._axes import Weight as Weight
 from wnjax._data_init import Initialized as Initialized

@@ -14,7 +14,6 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
-import chex
 import jax
 import optax
 from flax import nnx
@@ -26,7 +25,7 @@ FeatureAxes: TypeAlias = int | tuple[int, ...]
 Axes: TypeAlias = (
     Mapping[str, FeatureAxes | None]
     | Callable[[str, Any], FeatureAxes | None]
-    | chex.ArrayTree  # of Weight and NotWeight
+    | Any  # a tree of Weight and NotWeight, which may be of any containers
     | None
 )
 
@@ -123,7 +122,7 @@ def beside_parameters(leaves: Sequence[tuple[str, Any]]) -> dict[int, NotWeight]
 
 
 def decide(
-    params: chex.ArrayTree,
+    params: Any,
     axes: Axes = None,
     *,
     is_part: bool = False,
@@ -168,7 +167,7 @@ def decide(
     return [(*leaf, decision) for leaf, decision in zip(leaves, decisions, strict=True)]
 
 
-def weights_of(params: chex.ArrayTree, axes: Axes) -> dict[int, tuple[int, ...]]:
+def weights_of(params: Any, axes: Axes) -> dict[int, tuple[int, ...]]:
     """The feature axes of every leaf that is a weight, by its place in the order of `flatten`.
 
     Of leaves that `optax.masked` or `optax.multi_transform` masks, `axes` may speak.
@@ -189,7 +188,7 @@ def weights_of(params: chex.ArrayTree, axes: Axes) -> dict[int, tuple[int, ...]]
     return weights
 
 
-def is_part_of_tree(params: chex.ArrayTree) -> bool:
+def is_part_of_tree(params: Any) -> bool:
     """Whether `optax.masked` or `optax.multi_transform` has left something out."""
     given = jax.tree.leaves(params, is_leaf=_is_masked)
     return not given or any(map(_is_masked, given))  # none in optax.tree_map_params

@@ -7,9 +7,8 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, overload
 
-import chex
 import jax
 import jax.numpy as jnp
 
@@ -34,6 +33,9 @@ from wnjax._standardize import Found, Standardization
 from wnjax._walk.sizes import is_less
 from wnjax._walk.tracks import Use
 from wnjax._weight_norm import fold_leaf, split
+
+T = TypeVar("T", bound=Any)  # not object, which pyright takes the params of a lambda for
+P = ParamSpec("P")
 
 FEW_SAMPLES = 100  # with fewer, moments of one minibatch say little of the next one's
 
@@ -75,6 +77,33 @@ def _known(number: Any) -> int:
     return 0 if isinstance(number, jax.core.Tracer) else int(number)
 
 
+@overload
+def data_init(
+    fn: Callable[Concatenate[T, P], Any],
+    *,
+    std: float | Mapping[str, float] = 1.0,
+    mask: Any = None,
+    axis_name: AxisName = None,
+    report: Literal[False] = False,
+) -> Callable[Concatenate[T, P], T]: ...
+@overload
+def data_init(
+    fn: Callable[Concatenate[T, P], Any],
+    *,
+    std: float | Mapping[str, float] = 1.0,
+    mask: Any = None,
+    axis_name: AxisName = None,
+    report: Literal[True],
+) -> Callable[Concatenate[T, P], tuple[T, Any]]: ...
+@overload
+def data_init(
+    fn: Callable[..., Any],
+    *,
+    std: float | Mapping[str, float] = 1.0,
+    mask: Any = None,
+    axis_name: AxisName = None,
+    report: bool = False,
+) -> Callable[..., Any]: ...
 def data_init(
     fn: Callable[..., Any],
     *,
@@ -151,7 +180,7 @@ def data_init(
     """
     analyze = Analyzer(fn)
 
-    def initialized(params: chex.ArrayTree, *args: Any, **kwargs: Any) -> Any:
+    def initialized(params: Any, *args: Any, **kwargs: Any) -> Any:
         analysis = analyze(params, *args, **kwargs)
         given, treedef = flatten(params)
         check_not_apart(given)

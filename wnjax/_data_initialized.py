@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -77,17 +76,17 @@ def data_initialized(
     """
     inner = optax.with_extra_args_support(optimizer)
 
-    def init(params: chex.ArrayTree) -> DataInitializedState:
+    def init(params: Any) -> DataInitializedState:
         return DataInitializedState(inner.init(params), jnp.full((), initialized))
 
     def update(
-        updates: chex.ArrayTree,
+        updates: Any,
         state: DataInitializedState,
-        params: chex.ArrayTree | None = None,
+        params: Any = None,
         *,
         batch: Any = None,
         **extra: Any,
-    ) -> tuple[chex.ArrayTree, DataInitializedState]:
+    ) -> tuple[Any, DataInitializedState]:
         check_state(state, DataInitializedState, "data_initialized")
         if params is None:
             raise ValueError("data_initialized sets the params: pass them")

@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 from jax.extend import core
@@ -99,7 +98,7 @@ def infer_axes(
     """
     analyze = Analyzer(fn)
 
-    def inferred(params: chex.ArrayTree, *args: Any, **kwargs: Any) -> chex.ArrayTree:
+    def inferred(params: Any, *args: Any, **kwargs: Any) -> Any:
         leaves, treedef = flatten(params)
         analysis = analyze(params, *args, **kwargs)
         _refuse_gradients(analysis)

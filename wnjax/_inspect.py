@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 
@@ -28,7 +27,7 @@ from wnjax._nodes import (
 from wnjax._walk.trace import is_array
 
 
-def summary(tree: chex.ArrayTree) -> str:
+def summary(tree: Any) -> str:
     """What is normalized in `tree` and what is not and why, as a table with a line per leaf.
 
     Args:
@@ -108,7 +107,7 @@ def _is_initialized(x: Any) -> bool:
     return isinstance(x, Initialized)
 
 
-def _initialization_table(tree: chex.ArrayTree) -> str:
+def _initialization_table(tree: Any) -> str:
     pairs, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_initialized)
     leaves = [(jax.tree_util.keystr(p, simple=True, separator="/"), leaf) for p, leaf in pairs]
     rows = [("leaf", "data_init"), *((path, leaf.describe()) for path, leaf in leaves)]
@@ -122,7 +121,7 @@ def _columns(rows: Sequence[tuple[str, ...]]) -> str:
     return "\n".join(lines)
 
 
-def labels(tree: chex.ArrayTree) -> chex.ArrayTree:
+def labels(tree: Any) -> Any:
     """Says of every array in `tree` what it is: `"g"`, `"v"` or `"other"`.
 
     For `optax.multi_transform`, weight-decay masks, or freezing the gains.
@@ -159,7 +158,7 @@ def labels(tree: chex.ArrayTree) -> chex.ArrayTree:
     return jax.tree.map(label, tree, is_leaf=is_weight_norm)
 
 
-def norms(tree: chex.ArrayTree, *, axis_name: AxisName = None) -> dict[str, dict[str, jax.Array]]:
+def norms(tree: Any, *, axis_name: AxisName = None) -> dict[str, dict[str, jax.Array]]:
     """‖v‖, g and g/‖v‖ of every node, for logging. Works under `jit`.
 
     Args:

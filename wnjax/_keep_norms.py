@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -55,13 +54,13 @@ def keep_norms(axes: Axes = None, *, axis_name: AxisName = None) -> optax.Gradie
            [3.]], dtype=float32)
     """
 
-    def init(params: chex.ArrayTree) -> optax.EmptyState:
+    def init(params: Any) -> optax.EmptyState:
         _fan_in(params, axes, axis_name)
         return optax.EmptyState()
 
     def update(
-        updates: chex.ArrayTree, state: optax.EmptyState, params: chex.ArrayTree | None = None
-    ) -> tuple[chex.ArrayTree, optax.EmptyState]:
+        updates: Any, state: optax.EmptyState, params: Any = None
+    ) -> tuple[Any, optax.EmptyState]:
         if params is None:
             raise ValueError("keep_norms keeps the norms of the params: pass them")
         leaves, treedef = flatten(updates)
@@ -76,7 +75,7 @@ def keep_norms(axes: Axes = None, *, axis_name: AxisName = None) -> optax.Gradie
     return optax.GradientTransformation(init, update)
 
 
-def _fan_in(params: chex.ArrayTree, axes: Axes, axis_name: AxisName) -> dict[int, FanIn]:
+def _fan_in(params: Any, axes: Axes, axis_name: AxisName) -> dict[int, FanIn]:
     """What norms run over, by leaf that is a weight or a node."""
     leaves = flatten(params)[0]
     nodes = {i: node for i, (_, leaf) in enumerate(leaves) if (node := unbox_node(leaf))}

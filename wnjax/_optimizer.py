@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, overload
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -19,6 +18,9 @@ from wnjax._leaves import box_node, flatten, listing, rebox, unbox, unbox_node
 from wnjax._nodes import FanIn, WeightNorm, norm_dtype, root, sum_of_squares
 from wnjax._states import check_state
 from wnjax._weight_norm import check_floating
+
+T = TypeVar("T")
+K = TypeVar("K")
 
 
 class WeightNormalizedState(NamedTuple):
@@ -104,7 +106,7 @@ def weight_normalized(
     """
     inner = optax.with_extra_args_support(optimizer)
 
-    def init(params: chex.ArrayTree) -> WeightNormalizedState:
+    def init(params: Any) -> WeightNormalizedState:
         plain = _Plain(params, _weights_of(params, axes), axis_name)
         residuals = [_residual(x, remainder) for x in plain.arrays]
         nodes, lengths = plain.exact(residuals), plain.nothing()
@@ -119,11 +121,11 @@ def weight_normalized(
         return WeightNormalizedState(inner_state, keep(lengths), keep(residuals))
 
     def update(
-        updates: chex.ArrayTree,
+        updates: Any,
         state: WeightNormalizedState,
-        params: chex.ArrayTree | None = None,
+        params: Any = None,
         **extra: Any,
-    ) -> tuple[chex.ArrayTree, WeightNormalizedState]:
+    ) -> tuple[Any, WeightNormalizedState]:
         check_state(state, WeightNormalizedState, "weight_normalized")
         if params is None:
             raise ValueError("weight_normalized reads the directions off the params: pass them")
@@ -156,9 +158,19 @@ def weight_normalized(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+# As in `weight_norm`, dicts, lists and arrays do not keep their types; and optax calls every state
+# an `OptState`.
+@overload
 def inner_params(
-    state: WeightNormalizedState, params: chex.ArrayTree, *, axis_name: AxisName = None
-) -> chex.ArrayTree:
+    state: Any, params: dict[K, Any], *, axis_name: AxisName = None
+) -> dict[K, Any]: ...
+@overload
+def inner_params(
+    state: Any, params: list[Any] | jax.Array, *, axis_name: AxisName = None
+) -> Any: ...
+@overload
+def inner_params(state: Any, params: T, *, axis_name: AxisName = None) -> T: ...
+def inner_params(state: Any, params: Any, *, axis_name: AxisName = None) -> Any:
     """The nodes that the optimizer inside of `weight_normalized` sees.
 
     For functions of optax that take its state and its parameters, such as
@@ -208,7 +220,7 @@ def inner_params(
     return plain.nodes(exact, plain.views(exact))
 
 
-def _weights_of(params: chex.ArrayTree, axes: Axes) -> dict[int, tuple[int, ...]]:
+def _weights_of(params: Any, axes: Axes) -> dict[int, tuple[int, ...]]:
     """The feature axes of every leaf of plain parameters that is a weight."""
     if normalized := [path for path, leaf in flatten(params)[0] if unbox_node(leaf) is not None]:
         raise ValueError(
@@ -231,7 +243,7 @@ class _Plain:
 
     def __init__(
         self,
-        params: chex.ArrayTree,
+        params: Any,
         features: Mapping[int, tuple[int, ...]],
         axis_name: AxisName,
         lengths: Any = None,
@@ -344,7 +356,7 @@ def _value_of_nodes(fn: Callable[..., Any], fold: Callable[[Any], Any]) -> Calla
     """A function of plain parameters as one of nodes. Line searches look at its signature."""
 
     @functools.wraps(fn)
-    def of_nodes(nodes: chex.ArrayTree, *args: Any, **kwargs: Any) -> Any:
+    def of_nodes(nodes: Any, *args: Any, **kwargs: Any) -> Any:
         return fn(fold(nodes), *args, **kwargs)
 
     return of_nodes
@@ -354,7 +366,7 @@ def _grad_of_nodes(fn: Callable[..., Any], fold: Callable[[Any], Any]) -> Callab
     """A function that gives gradients of plain parameters as one that gives those of nodes."""
 
     @functools.wraps(fn)
-    def of_nodes(nodes: chex.ArrayTree, *args: Any, **kwargs: Any) -> Any:
+    def of_nodes(nodes: Any, *args: Any, **kwargs: Any) -> Any:
         params, pull = jax.vjp(fold, nodes)
         (grads,) = pull(fn(params, *args, **kwargs))
         return grads

@@ -6,9 +6,8 @@ import math
 import warnings
 import zlib
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar, overload
 
-import chex
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
@@ -39,14 +38,34 @@ from wnjax._nodes import (
     weight,
 )
 
+T = TypeVar("T")
+K = TypeVar("K")
 
+
+# A dict, a list or an array does not keep its type: there are nodes where arrays were.
+@overload
 def weight_norm(
-    params: chex.ArrayTree,
+    params: dict[K, Any], axes: Axes = None, *, log_scale: bool = False, axis_name: AxisName = None
+) -> dict[K, Any]: ...
+@overload
+def weight_norm(
+    params: list[Any] | jax.Array,
     axes: Axes = None,
     *,
     log_scale: bool = False,
     axis_name: AxisName = None,
-) -> chex.ArrayTree:
+) -> Any: ...
+@overload
+def weight_norm(
+    params: T, axes: Axes = None, *, log_scale: bool = False, axis_name: AxisName = None
+) -> T: ...
+def weight_norm(
+    params: Any,
+    axes: Axes = None,
+    *,
+    log_scale: bool = False,
+    axis_name: AxisName = None,
+) -> Any:
     """Replaces every neuron weight of `params` by a node with g = ‖w‖ and v = w.
 
     The function computed is unchanged: `fold(weight_norm(params))` returns the weights.
@@ -152,7 +171,11 @@ def weight_norm(
     )
 
 
-def fold(tree: chex.ArrayTree, *, axis_name: AxisName = None) -> chex.ArrayTree:
+@overload
+def fold(tree: Node, *, axis_name: AxisName = None) -> jax.Array: ...
+@overload
+def fold(tree: T, *, axis_name: AxisName = None) -> T: ...
+def fold(tree: Any, *, axis_name: AxisName = None) -> Any:
     """The inverse of `weight_norm`: every node becomes its weight w = v·(g/‖v‖).
 
     Norms accumulate in float32 for bfloat16 and float16. Where v is zero, or ‖v‖²

@@ -7,7 +7,7 @@ import functools
 import math
 import warnings
 from collections.abc import Callable, Mapping, Set
-from typing import Any
+from typing import Any, ParamSpec, TypeVar, overload
 
 import jax
 import jax.numpy as jnp
@@ -27,11 +27,20 @@ from wnjax._walk.walker import Walk
 from wnjax._weight_norm import warn_of_rounded_gains
 from wnjax._xla import as_contraction, in_order
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
 # Traced once for all leaves of a shape, and one equation for each leaf.
 _scale = jax.jit(scale, static_argnames="mesh_axes")
 _weight = jax.jit(weight, static_argnames="mesh_axes")
 
 
+@overload
+def wrap(fn: Callable[P, R], *, axis_name: AxisName = None) -> Callable[P, R]: ...
+@overload  # for mypy, which cannot infer the lambda in jax.jit(wrap(lambda params, x: ...))
+def wrap(  # type: ignore[overload-cannot-match]
+    fn: Callable[..., R], *, axis_name: AxisName = None
+) -> Callable[..., R]: ...
 def wrap(fn: Callable[..., Any], *, axis_name: AxisName = None) -> Callable[..., Any]:
     """Makes of `fn(params, ...)`, of plain weights, the same function of a tree with nodes.
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import chex
 import jax.numpy as jnp
 
 from wnjax._nodes import LogWeightNorm, WeightNorm
 from wnjax.convert._replace import checked, is_array, replaced
 
 
-def from_dicts(tree: chex.ArrayTree) -> chex.ArrayTree:
+def from_dicts(tree: Any) -> Any:
     """A tree of nodes, from the dicts that files keep of them.
 
     Orbax and msgpack without a target, and safetensors once its names are nested, give

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import chex
 from flax.core import FrozenDict, freeze
 from flax.traverse_util import flatten_dict, unflatten_dict
 
@@ -15,10 +14,10 @@ from wnjax.convert._scales import Key, Parts, as_path, node_of, parts_of
 
 
 def from_linen(
-    params: chex.ArrayTree,
+    params: Any,
     feature_axes: FeatureAxes | Mapping[str, FeatureAxes | None] | None = -1,
     epsilon: float = 1e-12,
-) -> chex.ArrayTree:
+) -> Any:
     """The params of a model with `flax.linen.WeightNorm`, as those of the model without it.
 
     Flax keeps the scales s apart from the layers, in the wrapper's own scope, and computes

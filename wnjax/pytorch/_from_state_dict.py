@@ -6,7 +6,6 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,7 +33,7 @@ from wnjax.pytorch._names import Names, Part, parts_of, without_collections
 
 def from_state_dict(  # noqa: PLR0913 - each says one thing about the checkpoint
     state_dict: Mapping[str, Any] | str | os.PathLike[str],
-    template: chex.ArrayTree,
+    template: Any,
     names: Names | None = None,
     *,
     layouts: Layouts | None = None,
@@ -42,7 +41,7 @@ def from_state_dict(  # noqa: PLR0913 - each says one thing about the checkpoint
     prefix: str = "",
     ignore: Iterable[str] = (),
     half_gains: bool = False,
-) -> chex.ArrayTree:
+) -> Any:
     """The parameters of a PyTorch model, as those of a Flax model.
 
     What PyTorch keeps as g and v, of w = g·v/‖v‖, becomes a `WeightNorm` node with the very

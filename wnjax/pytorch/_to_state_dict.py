@@ -6,7 +6,6 @@ import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import numpy as np
 from flax import nnx
@@ -20,7 +19,7 @@ from wnjax.pytorch._names import Names, parts_of, without_collections
 
 
 def to_state_dict(  # noqa: PLR0913 - what read the checkpoint, and what is to be written
-    tree: chex.ArrayTree,
+    tree: Any,
     names: Names | None = None,
     *,
     layouts: Layouts | None = None,
