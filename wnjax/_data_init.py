@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, overload
 
 import jax
+import jax.core
 import jax.numpy as jnp
 
 from wnjax._analysis import Analysis, Analyzer
@@ -370,7 +371,7 @@ class _Plan:
 def _stds(std: float | Mapping[str, float], paths: Sequence[str]) -> list[float]:
     """The standard deviation of every leaf."""
     given = std if isinstance(std, Mapping) else {}
-    stds = [
+    stds: list[float] = [
         std if not isinstance(std, Mapping) else 1.0 if pattern is None else std[pattern]
         for pattern in first_patterns(given, paths, "std")
     ]

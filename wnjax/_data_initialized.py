@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import optax
 
 from wnjax._data_init import data_init
+from wnjax._moments import AxisName
 from wnjax._states import check_state
 
 
@@ -25,12 +27,14 @@ class DataInitializedState(NamedTuple):
     initialized: Any
 
 
-def data_initialized(
+def data_initialized(  # noqa: PLR0913 - the options of `data_init` beside its own
     optimizer: optax.GradientTransformation,
     fn: Callable[..., Any],
     *,
     initialized: bool = False,
-    **options: Any,
+    std: float | Mapping[str, float] = 1.0,
+    mask: Any = None,
+    axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Makes the first `update` the initialization by `data_init`; all later ones are `optimizer`'s.
 
@@ -49,7 +53,9 @@ def data_initialized(
       fn: the forward function `fn(params, batch)`, as for `data_init`.
       initialized: whether the parameters are initialized, or trained, already: then every update
         is one of `optimizer`, and `batch` may be left out.
-      **options: of `data_init`: `std`, `axis_name`.
+      std: as for `data_init`.
+      mask: as for `data_init`, of that minibatch.
+      axis_name: as for `data_init`.
 
     Returns:
       A gradient transformation. Its `update` needs `params` and, by keyword, `batch`: the
@@ -75,13 +81,14 @@ def data_initialized(
     (1.0, 0.0)
     """
     inner = optax.with_extra_args_support(optimizer)
+    initialize_params = data_init(fn, std=std, mask=mask, axis_name=axis_name)
 
     def init(params: Any) -> DataInitializedState:
         return DataInitializedState(inner.init(params), jnp.full((), initialized))
 
     def update(
         updates: Any,
-        state: DataInitializedState,
+        state: Any,
         params: Any = None,
         *,
         batch: Any = None,
@@ -96,7 +103,7 @@ def data_initialized(
             return inner.update(updates, state.inner, params, **extra)
 
         def initialize() -> Any:
-            new = data_init(fn, **options)(params, batch)
+            new = initialize_params(params, batch)
             like = jax.eval_shape(step)[0]
             change = jax.tree.map(lambda a, b, x: (a - b).astype(x.dtype), new, params, like)
             return change, state.inner

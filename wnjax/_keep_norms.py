@@ -58,9 +58,7 @@ def keep_norms(axes: Axes = None, *, axis_name: AxisName = None) -> optax.Gradie
         _fan_in(params, axes, axis_name)
         return optax.EmptyState()
 
-    def update(
-        updates: Any, state: optax.EmptyState, params: Any = None
-    ) -> tuple[Any, optax.EmptyState]:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, optax.EmptyState]:
         if params is None:
             raise ValueError("keep_norms keeps the norms of the params: pass them")
         leaves, treedef = flatten(updates)

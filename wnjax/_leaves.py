@@ -96,7 +96,7 @@ def flatten(tree: Any) -> tuple[list[tuple[str, Any]], Any]:
     return pairs, treedef
 
 
-def check_holds_nodes(treedef: jax.tree_util.PyTreeDef) -> None:
+def check_holds_nodes(treedef: Any) -> None:
     """Raises ValueError if a container in a tree would hide the nodes that are put in it."""
     for container, _ in _flattened(treedef):
         raise ValueError(
@@ -106,16 +106,14 @@ def check_holds_nodes(treedef: jax.tree_util.PyTreeDef) -> None:
         )
 
 
-def _flattened(
-    treedef: jax.tree_util.PyTreeDef,
-) -> list[tuple[type, jax.tree_util.PyTreeDef]]:
+def _flattened(treedef: Any) -> list[tuple[type, Any]]:
     """The containers that keep a flattened structure, each with that structure."""
     container, kept = treedef.node_data() or (object, None)
     own = [(container, kept)] if isinstance(kept, jax.tree_util.PyTreeDef) else []
     return [*own, *itertools.chain(*map(_flattened, treedef.children()))]
 
 
-def _types(treedef: jax.tree_util.PyTreeDef) -> set[type]:
+def _types(treedef: Any) -> set[type]:
     """The types of all containers, those in a flattened structure included."""
     container, kept = treedef.node_data() or (object, None)
     inside = [kept] if isinstance(kept, jax.tree_util.PyTreeDef) else []

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from flax.core import FrozenDict
 
 from wnjax._axes import Axes, is_part_of_tree, weights_of
 from wnjax._axis_name import AxisName, split_over
@@ -122,7 +123,7 @@ def weight_normalized(
 
     def update(
         updates: Any,
-        state: WeightNormalizedState,
+        state: Any,
         params: Any = None,
         **extra: Any,
     ) -> tuple[Any, WeightNormalizedState]:
@@ -162,12 +163,12 @@ def weight_normalized(
 # an `OptState`.
 @overload
 def inner_params(
-    state: Any, params: dict[K, Any], *, axis_name: AxisName = None
-) -> dict[K, Any]: ...
+    state: Any, params: FrozenDict[Any, Any] | list[Any] | jax.Array, *, axis_name: AxisName = None
+) -> Any: ...
 @overload
 def inner_params(
-    state: Any, params: list[Any] | jax.Array, *, axis_name: AxisName = None
-) -> Any: ...
+    state: Any, params: dict[K, Any], *, axis_name: AxisName = None
+) -> dict[K, Any]: ...
 @overload
 def inner_params(state: Any, params: T, *, axis_name: AxisName = None) -> T: ...
 def inner_params(state: Any, params: Any, *, axis_name: AxisName = None) -> Any:

@@ -9,7 +9,9 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, TypeVar, overload
 
 import jax
+import jax.core
 import jax.numpy as jnp
+from flax.core import FrozenDict
 from jax.sharding import NamedSharding, PartitionSpec
 
 from wnjax._axes import Axes, NotWeight, Weight, canonical_axes, decide
@@ -45,16 +47,16 @@ K = TypeVar("K")
 # A dict, a list or an array does not keep its type: there are nodes where arrays were.
 @overload
 def weight_norm(
-    params: dict[K, Any], axes: Axes = None, *, log_scale: bool = False, axis_name: AxisName = None
-) -> dict[K, Any]: ...
-@overload
-def weight_norm(
-    params: list[Any] | jax.Array,
+    params: FrozenDict[Any, Any] | list[Any] | jax.Array,
     axes: Axes = None,
     *,
     log_scale: bool = False,
     axis_name: AxisName = None,
 ) -> Any: ...
+@overload
+def weight_norm(
+    params: dict[K, Any], axes: Axes = None, *, log_scale: bool = False, axis_name: AxisName = None
+) -> dict[K, Any]: ...
 @overload
 def weight_norm(
     params: T, axes: Axes = None, *, log_scale: bool = False, axis_name: AxisName = None
@@ -172,7 +174,7 @@ def weight_norm(
 
 
 @overload
-def fold(tree: Node, *, axis_name: AxisName = None) -> jax.Array: ...
+def fold(tree: Node, *, axis_name: AxisName = None) -> Any: ...
 @overload
 def fold(tree: T, *, axis_name: AxisName = None) -> T: ...
 def fold(tree: Any, *, axis_name: AxisName = None) -> Any:
