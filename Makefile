@@ -32,8 +32,9 @@ lint: .venv/ready ## ruff: lint and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: .venv/ready ## mypy over wnjax/ and experiments/
+types: .venv/ready ## mypy and basedpyright: wnjax/, experiments/, programs of users
 	$(BIN)/mypy
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
 
 check: .venv/ready ## doctests and tests only
 	$(BIN)/pytest -n 2 --dist worksteal
