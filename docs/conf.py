@@ -10,12 +10,14 @@ from typing import Any
 
 from sphinx.application import Sphinx
 from sphinx.ext.napoleon import GoogleDocstring
+from sphinx.pycode.parser import VariableCommentPicker
 from sphinx.util import logging
 
 import wnjax
 
 HERE = Path(__file__).parent
 STAR = r"(?<=[(\s])\*(?=\w)(?![^*]*\w\*)"  # of *args, which no other star closes
+ALIASES = ("Axes", "AxisName")
 logger = logging.getLogger(__name__)
 
 project = "wnjax"
@@ -26,8 +28,9 @@ exclude_patterns = ["_build", "_pictures", "conf.py", "pictures", "notebooks/*/*
 nitpicky = True
 smartquotes_action = "D"  # dashes: a prime is no quotation mark
 nitpick_ignore_regex = [  # documented elsewhere, and the build needs no network
-    (r"py:.*", r"(jax|jaxlib|flax|nn|nnx|optax|chex|np|os|collections)\b.*"),
-    (r"py:class", r"Axes|FeatureAxes|AxisName|Names|Layouts"),  # spelled out by the arguments
+    (r"py:.*", r"(jax|jaxlib|flax|nn|nnx|optax|numpy|np|os|collections)\b.*"),
+    ("py:class", "|".join(ALIASES)),  # spelled out by the arguments
+    ("py:class", "Callable|Concatenate|Mapping|[TPR]"),  # in the signatures that api.md writes
 ]
 
 html_theme = "furo"
@@ -50,6 +53,7 @@ myst_heading_anchors = 3
 
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
+autodoc_type_aliases = {name: name for name in ALIASES}
 autodoc_preserve_defaults = True
 napoleon_numpy_docstring = False
 
@@ -102,6 +106,8 @@ def is_public(name: str) -> bool:
 def setup(app: Sphinx) -> None:
     """Connects the above."""
     GoogleDocstring._consume_returns_section = whole_returns
+    # One signature of each function: api.md writes it where there are overloads.
+    VariableCommentPicker.is_overload = lambda self, decorators: False
     app.connect("builder-inited", draw_pictures)
     app.connect("source-read", refuse_unexecuted)
     app.connect("autodoc-process-docstring", link_names)
