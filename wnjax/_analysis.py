@@ -36,7 +36,7 @@ class Analysis(NamedTuple):
     paths: list[str]
     arrays: list[Any]
 
-    def inputs(self, params: Any, *args: Any, **kwargs: Any) -> list[Any]:
+    def inputs(self, params: Any, /, *args: Any, **kwargs: Any) -> list[Any]:
         """The inputs of the jaxpr, for `params` of the structure of `plain`."""
         arrays = [x for x in jax.tree.leaves(((params, *args), kwargs)) if is_array(x)]
         return [*self.traced.consts, *arrays]
@@ -48,7 +48,7 @@ class Analyzer:
     def __init__(self, fn: Callable[..., Any]):
         self._tracer = Tracer(fn)
 
-    def __call__(self, params: Any, *args: Any, **kwargs: Any) -> Analysis:
+    def __call__(self, params: Any, /, *args: Any, **kwargs: Any) -> Analysis:
         """Traces `fn(params, *args, **kwargs)`, with weights in the place of nodes.
 
         Raises:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from wnjax._analysis import Analysis, Analyzer
 from wnjax._axes import NotWeight, first_patterns
 from wnjax._axis_name import check_split
+from wnjax._calls import params_of_call
 from wnjax._infer_axes import decide_all
 from wnjax._leaves import check_not_apart, flatten, listing, outer_box, rebox, unbox, unbox_node
 from wnjax._moments import AxisName, Minibatch
@@ -181,7 +182,8 @@ def data_init(
     """
     analyze = Analyzer(fn)
 
-    def initialized(params: Any, *args: Any, **kwargs: Any) -> Any:
+    def initialized(*args: Any, **kwargs: Any) -> Any:
+        params, args, kwargs = params_of_call(fn, args, kwargs)
         analysis = analyze(params, *args, **kwargs)
         given, treedef = flatten(params)
         check_not_apart(given)

@@ -23,6 +23,7 @@ from wnjax._axes import (
     by_patterns,
     canonical_axes,
 )
+from wnjax._calls import params_of_call
 from wnjax._leaves import flatten, listing, outer_box, rebox
 from wnjax._walk.trace import is_array
 from wnjax._walk.tracks import Note, Site, Use
@@ -98,7 +99,8 @@ def infer_axes(
     """
     analyze = Analyzer(fn)
 
-    def inferred(params: Any, *args: Any, **kwargs: Any) -> Any:
+    def inferred(*args: Any, **kwargs: Any) -> Any:
+        params, args, kwargs = params_of_call(fn, args, kwargs)
         leaves, treedef = flatten(params)
         analysis = analyze(params, *args, **kwargs)
         _refuse_gradients(analysis)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from wnjax._analysis import Analysis, Analyzer
 from wnjax._axis_name import AxisName, split_over
+from wnjax._calls import params_of_call
 from wnjax._leaves import flatten, is_normalized, outer_box, rebox, unbox, unbox_node
 from wnjax._nodes import Node, gain_axes, scale, weight
 from wnjax._rewrite import Edit, Key, Rewritten, rewrite
@@ -89,7 +90,8 @@ def wrap(fn: Callable[..., Any], *, axis_name: AxisName = None) -> Callable[...,
     warn_once = functools.cache(_warn_of_plain)
 
     @functools.wraps(fn)
-    def wrapped(params: Any, *args: Any, **kwargs: Any) -> Any:
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        params, args, kwargs = params_of_call(fn, args, kwargs)
         boxes, treedef = flatten(params)
         nodes = {i: node for i, (_, box) in enumerate(boxes) if (node := unbox_node(box))}
         if not nodes:

@@ -56,7 +56,7 @@ class Tracer:
         self._fn = fn
         self._flat = functools.lru_cache(maxsize=64)(self._new_flat)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Traced:
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Traced:
         """Traces `fn(*args, **kwargs)`.
 
         Raises:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from wnjax._analysis import Analyzer
+from wnjax._calls import params_of_call
 from wnjax._walk.layout import Atom, Axis
 from wnjax._walk.tracks import Info, Track, Use
 from wnjax._walk.walker import Walk
@@ -50,7 +51,8 @@ def infer_layouts(fn: Callable[..., Any]) -> Callable[..., dict[str, str | Layou
     """
     analyze = Analyzer(fn)
 
-    def inferred(params: Any, *args: Any, **kwargs: Any) -> dict[str, str | Layout]:
+    def inferred(*args: Any, **kwargs: Any) -> dict[str, str | Layout]:
+        params, args, kwargs = params_of_call(fn, args, kwargs)
         analysis = analyze(params, *args, **kwargs)
         walk = _Convolutions([getattr(array, "shape", ()) for array in analysis.arrays])
         walk.analyze(analysis.traced.jaxpr, analysis.infos)
