@@ -361,7 +361,7 @@ def test_pytorch():
     }
     template = jax.eval_shape(model.init, jax.random.key(0), x)["params"]
     names = {r"Dense_1/(.*)": r"head.\1"}
-    layouts = wnjax.pytorch.infer_layouts(fn, template, x)
+    layouts = wnjax.pytorch.infer_layouts(fn)(template, x)
     params = wnjax.pytorch.from_state_dict(state_dict, template, names, layouts=layouts)
     assert params["Dense_0"]["kernel"].v.shape == (3, 2)
     back = wnjax.pytorch.to_state_dict(params, names, style="weight_g", like=state_dict)
