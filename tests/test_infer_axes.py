@@ -5,6 +5,7 @@ import gc
 import re
 
 import chex
+import flax.linen as nn
 import hypothesis
 import hypothesis.strategies as st
 import jax
@@ -122,7 +123,7 @@ def test_both_lines_of_a_conflict():
         return x @ params["w"].T
 
     refused = wnjax.infer_axes(fn)({"w": jnp.ones((3, 4))}, X)["w"]
-    lines = [int(line.split("test_infer_axes.py:")[1].split(":")[0]) for line in refused.lines]
+    lines = [int(line.split("test_infer_axes.py:")[1].split(" ")[0]) for line in refused.lines]
     first = fn.__code__.co_firstlineno
     assert lines == [first + 1, first + 2]
 
@@ -434,3 +435,46 @@ def test_a_primitive_of_somebody_else_is_not_taken_for_that_of_jax():
 
     axes = wnjax.infer_axes(fn)({"w": jnp.ones((4, 4))}, jnp.ones((2, 4)))
     assert axes["w"].reason == "unknown operation transpose"
+
+
+class Lookup(nn.Module):
+    """Everything that refuses a leaf, or uses one, happens in lines of Flax and JAX."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(3)(nn.Embed(7, 4)(x))
+
+
+def test_lines_are_those_of_the_user():
+    model, x = Lookup(), jnp.array([1, 2])
+    params = jax.eval_shape(model.init, jax.random.key(0), x)["params"]
+    axes = wnjax.infer_axes(lambda p, x: model.apply({"params": p}, x))(params, x)
+    for leaf in (axes["Embed_0"]["embedding"], axes["Dense_0"]["bias"]):
+        (line,) = leaf.lines
+        assert "test_infer_axes.py:" in line
+        assert line.endswith("(Lookup.__call__)")
+
+
+def through_linear_transpose(w, x):
+    return jax.linear_transpose(lambda y: y @ w, jnp.ones((2, 4), w.dtype))(x)[0]
+
+
+def through_vjp(w, x):
+    return jax.vjp(lambda y: y @ w, jnp.ones((2, 4), w.dtype))[1](x)[0]
+
+
+def in_a_scope(w, x):
+    with jax.named_scope("transpose(2,1)"):
+        return x @ w.T
+
+
+@pytest.mark.parametrize("fn", [through_linear_transpose, through_vjp, in_a_scope])
+def test_a_weight_that_is_used_transposed_alone(fn):
+    """Each output sums over the outputs of w."""
+    params, x = {"w": jnp.ones((4, 3))}, jnp.ones((2, 3))
+    assert wnjax.infer_axes(lambda p, x: fn(p["w"], x))(params, x)["w"].feature_axes == (0,)
+    tree = wnjax.weight_norm({"w": jnp.arange(12.0).reshape(4, 3)}, {"w": 0})
+    wrapped = wnjax.wrap(lambda p, x: fn(p["w"], x))(tree, x)
+    np.testing.assert_allclose(wrapped, x @ wnjax.fold(tree)["w"].T, rtol=1e-6)
+    with pytest.raises(ValueError, match="gradients or new parameters"):
+        wnjax.infer_axes(jax.grad(lambda p, x: fn(p["w"], x).sum()))(params, x)

@@ -25,6 +25,7 @@ from wnjax._axes import (
 )
 from wnjax._calls import params_of_call
 from wnjax._leaves import flatten, listing, outer_box, rebox
+from wnjax._walk.lines import is_transposed
 from wnjax._walk.trace import is_array
 from wnjax._walk.tracks import Note, Site, Use
 from wnjax._walk.walker import Walk
@@ -148,8 +149,10 @@ class _Verdicts:
         self.uses: dict[int, list[Use]] = collections.defaultdict(list)
         self.notes: dict[int, list[Note]] = collections.defaultdict(list)
         for use in walk.uses:
-            if not use.site.is_backward:
-                self.uses[use.leaf].append(use)
+            self.uses[use.leaf].append(use)
+        for leaf, uses in self.uses.items():  # a derivative inside of fn uses a weight again
+            forward = [use for use in uses if not use.site.is_backward]
+            self.uses[leaf] = forward or uses
         for note in walk.notes:
             self.notes[note.leaf].append(note)
         self.biases: dict[int, set[int]] = collections.defaultdict(set)
@@ -277,6 +280,6 @@ def _refuse_gradients(analysis: Analysis) -> None:
 
 
 def _differentiates(jaxpr: Any) -> bool:
-    return any("transpose(" in str(eqn.source_info.name_stack) for eqn in jaxpr.eqns) or any(
+    return any(is_transposed(eqn.source_info) for eqn in jaxpr.eqns) or any(
         map(_differentiates, core.subjaxprs(jaxpr))
     )

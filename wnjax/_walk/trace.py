@@ -4,21 +4,15 @@ from __future__ import annotations
 
 import functools
 import itertools
-import os
-import traceback
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
-import flax
 import jax
 from jax.extend import core
 from jax.interpreters import partial_eval
 
+from wnjax._walk.lines import line_of_error
 from wnjax._walk.walker import inputs_of, opened
-
-_NOT_USERS = tuple(
-    os.path.dirname(path) + os.sep for path in (jax.__file__, flax.__file__, __file__)
-)
 
 
 class Traced(NamedTuple):
@@ -120,7 +114,7 @@ def _make_jaxpr(flat: Callable[..., Any], arrays: Sequence[Any]) -> Any:
         return jax.make_jaxpr(flat)(*arrays)
     except (jax.errors.ConcretizationTypeError, jax.errors.NonConcreteBooleanIndexError) as error:
         raise ValueError(
-            f"fn needs the value of an array at {_user_line(error)}, but it is traced without "
+            f"fn needs the value of an array at {line_of_error(error)}, but it is traced without "
             "values. Where that is an option such as train=True, pass it as a Python value or by "
             "functools.partial; where it is data, use jnp.where or jax.lax.cond"
         ) from error
@@ -129,7 +123,7 @@ def _make_jaxpr(flat: Callable[..., Any], arrays: Sequence[Any]) -> Any:
         jax.errors.TracerIntegerConversionError,
     ) as error:
         raise ValueError(
-            f"fn needs the value of an array at {_user_line(error)}, but it is traced without "
+            f"fn needs the value of an array at {line_of_error(error)}, but it is traced without "
             "values. Use jax.numpy instead of numpy there, and Python numbers for sizes"
         ) from error
     except NameError as error:
@@ -137,17 +131,7 @@ def _make_jaxpr(flat: Callable[..., Any], arrays: Sequence[Any]) -> Any:
             raise
         name = str(error).split("unbound axis name:")[-1].split(".")[0].strip()
         raise ValueError(
-            f"fn uses the axis name {name!r} at {_user_line(error)}, and nothing binds it here. "
+            f"fn uses the axis name {name!r} at {line_of_error(error)}, and nothing binds it here. "
             "Pass the function of one device without its collectives (such as "
             f"BatchNorm(axis_name=None)), or bind the name: jax.vmap(fn, axis_name={name!r}, ...)"
         ) from error
-
-
-def _user_line(error: BaseException) -> str:
-    """The innermost line of the user's own code in a traceback."""
-    frames = [
-        frame
-        for frame in traceback.extract_tb(error.__traceback__)
-        if not frame.filename.startswith(_NOT_USERS)
-    ]
-    return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "an unknown line"

@@ -6,9 +6,8 @@ import dataclasses
 from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
-from jax.extend import source_info_util
-
 from wnjax._walk.layout import Axis, Layout, NoLayout, atoms_of, leaf_axes
+from wnjax._walk.lines import is_transposed, line_of_source
 from wnjax._walk.sizes import is_long
 
 ACTIVATION = 1  # depends on the arguments beside the parameters, or is a layer's output
@@ -96,7 +95,7 @@ class Site:
       path: its place in the jaxpr. For each equation around it: the place of that equation, and
         which of its jaxprs; then its own place in the innermost jaxpr.
       operation: the name of the primitive.
-      source: where the user wrote it.
+      sources: where it was written, and the equations around it.
       trips: how often it runs in one call of the function.
       is_direct: whether nothing around it hides it from `wrap`.
       is_certain: whether it runs in every call, and not in a branch alone.
@@ -104,7 +103,7 @@ class Site:
 
     path: tuple[int, ...]
     operation: str
-    source: Any
+    sources: tuple[Any, ...] = dataclasses.field(compare=False)
     trips: int
     is_direct: bool
     is_certain: bool
@@ -112,12 +111,12 @@ class Site:
     @property
     def line(self) -> str:
         """The user's file, line and function."""
-        return source_info_util.summarize(self.source)
+        return line_of_source(self.sources)
 
     @property
     def is_backward(self) -> bool:
         """Whether a derivative inside the traced function put it there."""
-        return "transpose(" in str(self.source.name_stack)
+        return is_transposed(self.sources[0])
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -10,19 +10,18 @@ import collections
 import contextlib
 import itertools
 import math
-import os
 import re
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-from jax.extend import core, source_info_util
+from jax.extend import core
 from jax.extend.core import primitives
 
 from wnjax._nested import CALLS, scan_parts
 from wnjax._walk import arithmetic, layout, moves, sums
 from wnjax._walk.layout import Layout
+from wnjax._walk.lines import calls_around_einsum
 from wnjax._walk.rules import (
     EinsumCall,
     Rule,
@@ -47,10 +46,6 @@ from wnjax._walk.tracks import (
     united,
 )
 from wnjax._xla import contraction_p, in_order_p, wait_p
-
-# Source lines are the user's, also where our modules call Flax's.
-source_info_util.register_exclusion(os.path.dirname(__file__) + os.sep)
-_JAX = os.path.dirname(jax.__file__)
 
 RULES = by_primitive(moves.RULES | arithmetic.RULES | sums.RULES) | {
     in_order_p: moves.same,
@@ -99,27 +94,13 @@ def einsum_calls(jaxpr: Any) -> dict[int, EinsumCall]:
         name = str(eqn.source_info.name_stack)
         found = _SUBSCRIPTS.search(name)
         if found is None:
-            if place := _line_of_einsum(eqn):
+            if place := calls_around_einsum(eqn.source_info):
                 calls[id(eqn)] = EinsumCall(place, None)
         elif (operands := found[0].count(",")) > 1:
             products[name] += operation == "dot_general"
             is_over = products[name] % operands == 0
             calls[id(eqn)] = EinsumCall(name, is_over and operation == "dot_general")
     return calls
-
-
-def _line_of_einsum(eqn: Any) -> Hashable:
-    """The call stack of the `einsum` without a string that an equation is of; None if of none."""
-    traceback = eqn.source_info.traceback
-    stack = (
-        [(x.file_name, x.function_name, x.line_num) for x in traceback.frames] if traceback else []
-    )
-    of_einsum = [
-        i
-        for i, (file, function, _) in enumerate(stack)
-        if function == "einsum" and file.startswith(_JAX)
-    ]
-    return tuple(stack[of_einsum[0] :]) if of_einsum else None
 
 
 def inner_name(eqn: Any) -> str | None:
@@ -161,6 +142,7 @@ class Walk:
         self.biases: list[Bias] = []
         self.needed: set[int] = set()
         self._path: tuple[int, ...] = ()
+        self._sources: tuple[Any, ...] = ()  # of the equations around
         self._loops: frozenset[int] = frozenset()  # depths of the scans around with several steps
         self._is_silent = False
         self._known: dict[Any, list[Info]] = {}  # outputs of the jaxprs that were run silently
@@ -204,7 +186,7 @@ class Walk:
     def site(self, eqn: Any) -> Site:
         """Where an equation stands."""
         where = self._trips, self._is_direct, self._is_certain
-        return Site(self._path, eqn.primitive.name, eqn.source_info, *where)
+        return Site(self._path, eqn.primitive.name, (eqn.source_info, *self._sources), *where)
 
     # Jaxprs.
 
@@ -265,7 +247,7 @@ class Walk:
         """Jit, remat, custom derivatives: the jaxpr runs once, on the operands."""
         jaxpr, consts = opened(eqn.params[inner_name(eqn)])
         is_direct = eqn.primitive in CALLS and not eqn.params.get("differentiated")
-        with self.inside(is_direct=is_direct):
+        with self.inside(eqn, is_direct=is_direct):
             outs = self.run(jaxpr, [*map(captured_info, consts), *ins])
         return outs if is_direct else list(map(without_ride, outs))
 
@@ -275,7 +257,7 @@ class Walk:
         steps = eqn.params["length"]
         # A scan of references says by number which operands they are.
         is_direct = not any(hasattr(effect, "input_index") for effect in eqn.effects)
-        with self.inside(trips=steps, is_direct=is_direct), self.looping(steps):
+        with self.inside(eqn, trips=steps, is_direct=is_direct), self.looping(steps):
             ins = self.loop_inputs(eqn, ins)
             outs = self.run(jaxpr, [*map(captured_info, consts), *ins])
         first, carried = scan_parts(eqn.params)
@@ -344,12 +326,12 @@ class Walk:
         body, body_consts = opened(eqn.params["body_jaxpr"])
         for_cond = [*map(captured_info, cond_consts), *ins[:num_cond]]
         for_body = [*map(captured_info, body_consts), *ins[num_cond : num_cond + num_body]]
-        with self.inside(is_direct=False):
+        with self.inside(eqn, is_direct=False):
             carry = self._fixpoint(
                 eqn, list(ins[num_cond + num_body :]), lambda x: self.run(body, [*for_body, *x])
             )
             after = self._joined(eqn, carry, self.run(body, [*for_body, *carry]))
-        with self.inside(1, is_direct=False):
+        with self.inside(eqn, 1, is_direct=False):
             self.run(cond, [*for_cond, *carry])
         return list(map(without_ride, after))
 
@@ -359,7 +341,7 @@ class Walk:
         outs = []
         for number, branch in enumerate(eqn.params["branches"]):
             jaxpr, consts = opened(branch)
-            with self.inside(number, is_certain=False):
+            with self.inside(eqn, number, is_certain=False):
                 outs.append(self.run(jaxpr, [*map(captured_info, consts), *operands]))
         return [_either(which, infos) for infos in zip(*outs, strict=True)]
 
@@ -375,7 +357,7 @@ class Walk:
 
             local.append(move(self, eqn, info, to, info.constant))
         before, self.shapes = self.shapes, self._local_shapes(local)
-        with self.inside(is_direct=False):
+        with self.inside(eqn, is_direct=False):
             outs = self.run(jaxpr, [*map(captured_info, consts), *local])
         self.shapes = before
         return list(map(_opaque, outs))
@@ -395,21 +377,28 @@ class Walk:
 
     @contextlib.contextmanager
     def inside(
-        self, number: int = 0, trips: int = 1, is_direct: bool = True, is_certain: bool = True
+        self,
+        eqn: Any,
+        number: int = 0,
+        *,
+        trips: int = 1,
+        is_direct: bool = True,
+        is_certain: bool = True,
     ) -> Iterator[None]:
-        """Goes into one of the jaxprs of the equation at hand.
+        """Goes into one of the jaxprs of an equation.
 
         Marks what is recorded: how often it runs, whether `wrap` reaches it, and if at all.
         """
-        before = self._path, self._trips, self._is_direct, self._is_certain
+        before = self._path, self._sources, self._trips, self._is_direct, self._is_certain
         self._path = (*self._path, number)
+        self._sources = (eqn.source_info, *self._sources)
         self._trips *= trips
         self._is_direct &= is_direct
         self._is_certain &= is_certain
         try:
             yield
         finally:
-            self._path, self._trips, self._is_direct, self._is_certain = before
+            self._path, self._sources, self._trips, self._is_direct, self._is_certain = before
 
     @contextlib.contextmanager
     def looping(self, steps: Any) -> Iterator[None]:
