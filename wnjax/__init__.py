@@ -7,7 +7,6 @@ from wnjax import pytorch as pytorch
 from wnjax._axes import Axes as Axes
 from wnjax._axes import NotWeight as NotWeight
 from wnjax._axes import Weight as Weight
-from wnjax._data_init import Initialized as Initialized
 from wnjax._data_init import data_init as data_init
 from wnjax._data_initialized import DataInitializedState as DataInitializedState
 from wnjax._data_initialized import data_initialized as data_initialized
@@ -22,6 +21,7 @@ from wnjax._nodes import is_weight_norm as is_weight_norm
 from wnjax._optimizer import WeightNormalizedState as WeightNormalizedState
 from wnjax._optimizer import inner_params as inner_params
 from wnjax._optimizer import weight_normalized as weight_normalized
+from wnjax._report import Initialized as Initialized
 from wnjax._weight_norm import fold as fold
 from wnjax._weight_norm import weight_norm as weight_norm
 from wnjax._wrap import wrap as wrap

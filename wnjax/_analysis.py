@@ -9,12 +9,20 @@ from typing import Any, NamedTuple
 import jax
 
 from wnjax._axes import beside_parameters
-from wnjax._leaves import flatten, map_leaves, outer_box, rebox, unbox, unbox_node
+from wnjax._leaves import (
+    flatten,
+    fold_leaf,
+    is_array,
+    map_leaves,
+    outer_box,
+    rebox,
+    unbox,
+    unbox_node,
+)
 from wnjax._nodes import Node, weight
-from wnjax._walk.trace import Traced, Tracer, is_array
+from wnjax._walk.trace import Traced, Tracer
 from wnjax._walk.tracks import ACTIVATION, DATA, Info
 from wnjax._walk.walker import Walk, captured_info, leaf_info
-from wnjax._weight_norm import fold_leaf
 
 
 class Analysis(NamedTuple):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import dataclasses
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +17,16 @@ from wnjax._axes import NotWeight, first_patterns
 from wnjax._axis_name import check_split
 from wnjax._calls import params_of_call
 from wnjax._infer_axes import decide_all
-from wnjax._leaves import check_not_apart, flatten, listing, outer_box, rebox, unbox, unbox_node
+from wnjax._leaves import (
+    check_not_apart,
+    flatten,
+    fold_leaf,
+    listing,
+    outer_box,
+    rebox,
+    unbox,
+    unbox_node,
+)
 from wnjax._moments import AxisName, Minibatch
 from wnjax._nodes import (
     LogWeightNorm,
@@ -31,52 +39,16 @@ from wnjax._nodes import (
     squared_norm_of,
     weight,
 )
+from wnjax._report import Initialized, known_count
 from wnjax._standardize import Found, Standardization
 from wnjax._walk.sizes import is_less
 from wnjax._walk.tracks import Use
-from wnjax._weight_norm import fold_leaf, split
+from wnjax._weight_norm import split
 
 T = TypeVar("T", bound=Any)  # not object, which pyright takes the params of a lambda for
 P = ParamSpec("P")
 
 FEW_SAMPLES = 100  # with fewer, moments of one minibatch say little of the next one's
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Initialized:
-    """What `data_init` did to a leaf; the leaves of its report. May be returned from `jit`.
-
-    Attributes:
-      action: "initialized" (gain and bias), "scale only" (there is no bias), "bias" (of such a
-        weight), or "skipped".
-      detail: the path of the bias, or of the weight that it is the bias of; or why it was skipped.
-      samples: how many numbers stood behind every moment, masked ones included.
-      constant: how many neurons are constant on the minibatch; they kept their gain.
-      not_finite: how many neurons have moments that are not finite; they kept gain and bias.
-    """
-
-    action: str = dataclasses.field(metadata={"static": True})
-    detail: str = dataclasses.field(default="", metadata={"static": True})
-    samples: int = dataclasses.field(default=0, metadata={"static": True})
-    constant: Any = 0
-    not_finite: Any = 0
-
-    def describe(self) -> str:
-        """All of it in one line."""
-        if self.action == "skipped":
-            return f"no: {self.detail}"
-        counts = ((self.constant, "constant"), (self.not_finite, "without finite moments"))
-        kept = "".join(f", {_known(n):,} neurons {what}" for n, what in counts if _known(n))
-        if self.action == "bias":
-            return f"bias of {self.detail}{kept}"
-        bias = f" with {self.detail}" if self.detail else ""
-        return f"{self.action}{bias}, {self.samples:,} samples a neuron{kept}"
-
-
-def _known(number: Any) -> int:
-    """The value of a count; 0 inside `jit` and other transformations, where it has none yet."""
-    return 0 if isinstance(number, jax.core.Tracer) else int(number)
 
 
 @overload
@@ -338,7 +310,7 @@ class _Plan:
             },
         }
         for cause, masks in causes.items():
-            counts = {leaf: _known(mask.sum()) for leaf, mask in masks.items()}
+            counts = {leaf: known_count(mask.sum()) for leaf, mask in masks.items()}
             lines = [
                 f"{self.paths[leaf]}: {count:,} of {masks[leaf].size:,}"
                 for leaf, count in counts.items()

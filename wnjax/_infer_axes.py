@@ -24,9 +24,8 @@ from wnjax._axes import (
     canonical_axes,
 )
 from wnjax._calls import params_of_call
-from wnjax._leaves import flatten, listing, outer_box, rebox
+from wnjax._leaves import flatten, is_array, listing, outer_box, rebox
 from wnjax._walk.lines import is_transposed
-from wnjax._walk.trace import is_array
 from wnjax._walk.tracks import Note, Site, Use
 from wnjax._walk.walker import Walk
 

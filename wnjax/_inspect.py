@@ -11,8 +11,7 @@ import jax.numpy as jnp
 
 from wnjax._axes import Decision, Weight
 from wnjax._axis_name import AxisName, split_over
-from wnjax._data_init import Initialized
-from wnjax._leaves import check_not_apart, flatten, unbox, unbox_node
+from wnjax._leaves import check_not_apart, flatten, is_array, unbox, unbox_node
 from wnjax._nodes import (
     LogWeightNorm,
     Node,
@@ -24,7 +23,7 @@ from wnjax._nodes import (
     root,
     squared_norm_of,
 )
-from wnjax._walk.trace import is_array
+from wnjax._report import Initialized
 
 
 def summary(tree: Any) -> str:

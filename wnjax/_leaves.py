@@ -11,7 +11,7 @@ from flax import linen as nn
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from wnjax._nodes import NODES, Node, is_weight_norm
+from wnjax._nodes import NODES, Node, fan_in_axes, is_weight_norm, weight
 from wnjax._states import is_state, refuse_state
 
 NNXMeta = nnx.bridge.NNXMeta
@@ -76,6 +76,13 @@ def box_node(box: Any, node: Node, feature_axes: Collection[int]) -> Any:
         return rebox(box, node)
     gain_box = _with_axis_names(box, names_on(names, feature_axes))
     return type(node)(rebox(gain_box, node[0]), rebox(box, node.v))
+
+
+def box_arrays(box: Any, node: Node, feature_axes: Collection[int]) -> Any:
+    """As `box_node`, but in two boxes where `nnx.Optimizer` expects arrays in them."""
+    boxed = box_node(box, node, feature_axes)
+    is_variable = isinstance(boxed, nnx.Variable)
+    return type(node)(*(rebox(box, array) for array in node)) if is_variable else boxed
 
 
 def flatten(tree: Any) -> tuple[list[tuple[str, Any]], Any]:
@@ -166,6 +173,27 @@ def is_normalized(tree: Any) -> bool:
 def outer_box(leaf: Any) -> Any:
     """The box in which a leaf is; that of v where a node has its boxes inside."""
     return leaf.v if is_weight_norm(leaf) else leaf
+
+
+def fold_leaf(path: str, leaf: Any, mesh_axes: tuple[str, ...] = ()) -> Any:
+    """`fold` of one leaf; errors name its path."""
+    node = unbox_node(leaf)
+    if node is None:
+        return rebox(leaf, unbox(leaf))
+    try:
+        if isinstance(node.v, jax.ShapeDtypeStruct):
+            fan_in_axes(node)  # checks that the shapes fit each other
+            return rebox(outer_box(leaf), node.v)
+        if isinstance(node[0], jax.ShapeDtypeStruct):
+            raise TypeError(f"{path or 'the node'}: v is an array, but {node._fields[0]} a shape")
+        return rebox(outer_box(leaf), weight(node, mesh_axes))
+    except ValueError as error:
+        raise ValueError(f"{path or 'the node'}: {error}") from error
+
+
+def is_array(x: Any) -> bool:
+    """Whether a leaf is an array, or stands for one; Python's numbers are not."""
+    return hasattr(x, "shape") and hasattr(x, "dtype")
 
 
 def listing(paths: Iterable[str], most: int = 8) -> str:

@@ -9,14 +9,13 @@ from typing import Any, NamedTuple, TypeVar, overload
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
 from flax.core import FrozenDict
 
 from wnjax._axes import Axes, is_part_of_tree, weights_of
 from wnjax._axis_name import AxisName, split_over
 from wnjax._chain_rule import View, chain_rule, step_back, view, weight_grad
-from wnjax._leaves import box_node, flatten, listing, rebox, unbox, unbox_node
-from wnjax._nodes import FanIn, WeightNorm, norm_dtype, root, sum_of_squares
+from wnjax._leaves import box_arrays, flatten, listing, rebox, unbox, unbox_node
+from wnjax._nodes import FanIn, norm_dtype, root, sum_of_squares
 from wnjax._states import check_state
 from wnjax._weight_norm import check_floating
 
@@ -348,7 +347,7 @@ class _Plain:
     def tree(self, values: Sequence[Any]) -> Any:
         """Arrays, and nodes in the place of weights, in the boxes of the parameters."""
         return self.treedef.unflatten(
-            _boxed(leaf, value, self.features[i]) if i in self.features else rebox(leaf, value)
+            box_arrays(leaf, value, self.features[i]) if i in self.features else rebox(leaf, value)
             for i, (leaf, value) in enumerate(zip(self.leaves, values, strict=True))
         )
 
@@ -389,14 +388,6 @@ def _with_grad(state: Any, like: Any, fn: Callable[[Any], Any]) -> Any:
     if len(found) != 1:
         return state
     return optax.tree.set(state, is_tree, grad=fn(found[0][1]))
-
-
-def _boxed(leaf: Any, node: WeightNorm, features: tuple[int, ...]) -> Any:
-    """A node in the box of its weight; in two, where `nnx.Optimizer` expects arrays in them."""
-    boxed = box_node(leaf, node, features)
-    if isinstance(boxed, nnx.Variable):
-        return WeightNorm(*(rebox(leaf, array) for array in node))
-    return boxed
 
 
 def _residual(x: jax.Array, remainder: bool | None) -> Any:

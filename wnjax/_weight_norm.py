@@ -20,9 +20,9 @@ from wnjax._leaves import (
     box_node,
     check_holds_nodes,
     flatten,
+    fold_leaf,
     listing,
     names_on,
-    outer_box,
     rebox,
     unbox,
     unbox_node,
@@ -32,12 +32,10 @@ from wnjax._nodes import (
     LogWeightNorm,
     Node,
     WeightNorm,
-    fan_in_axes,
     in_range,
     norm_dtype,
     root,
     sum_of_squares,
-    weight,
 )
 
 T = TypeVar("T")
@@ -259,22 +257,6 @@ def warn_of_rounded_gains(paths: Sequence[str], nodes: Mapping[int, Node]) -> No
             f"the function: wrap(lambda params, x: fn(cast(params), x)){listing(narrow)}",
             stacklevel=3,
         )
-
-
-def fold_leaf(path: str, leaf: Any, mesh_axes: tuple[str, ...] = ()) -> Any:
-    """`fold` of one leaf; errors name its path."""
-    node = unbox_node(leaf)
-    if node is None:
-        return rebox(leaf, unbox(leaf))
-    try:
-        if isinstance(node.v, jax.ShapeDtypeStruct):
-            fan_in_axes(node)  # checks that the shapes fit each other
-            return rebox(outer_box(leaf), node.v)
-        if isinstance(node[0], jax.ShapeDtypeStruct):
-            raise TypeError(f"{path or 'the node'}: v is an array, but {node._fields[0]} a shape")
-        return rebox(outer_box(leaf), weight(node, mesh_axes))
-    except ValueError as error:
-        raise ValueError(f"{path or 'the node'}: {error}") from error
 
 
 def _normalize(

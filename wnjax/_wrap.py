@@ -15,14 +15,13 @@ import jax.numpy as jnp
 from wnjax._analysis import Analysis, Analyzer
 from wnjax._axis_name import AxisName, split_over
 from wnjax._calls import params_of_call
-from wnjax._leaves import flatten, is_normalized, outer_box, rebox, unbox, unbox_node
+from wnjax._leaves import flatten, is_array, is_normalized, outer_box, rebox, unbox, unbox_node
 from wnjax._nodes import Node, gain_axes, scale, weight
 from wnjax._rewrite import Edit, Key, Rewritten, rewrite
 from wnjax._scaling import lay_out, times
 from wnjax._walk.layout import Layout
 from wnjax._walk.rules import is_narrow
 from wnjax._walk.sizes import is_at_most
-from wnjax._walk.trace import is_array
 from wnjax._walk.tracks import Use
 from wnjax._walk.walker import Walk
 from wnjax._weight_norm import warn_of_rounded_gains

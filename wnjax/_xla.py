@@ -18,7 +18,9 @@ from jax.extend.core import Primitive
 from jax.extend.core.primitives import dot_general_p
 from jax.interpreters import ad, batching, mlir
 
+from wnjax._walk import moves, sums
 from wnjax._walk.sizes import is_known
+from wnjax._walk.walker import RULES
 
 # in_order(x, scale) = (x, scale), whose derivative finds that of `scale` only after that of `x`.
 #
@@ -153,6 +155,12 @@ def _batched_contraction(args: Any, dims: Any, **params: Any) -> tuple[Any, int]
 ad.defbilinear(contraction_p, functools.partial(_gradient, 0), functools.partial(_gradient, 1))
 batching.primitive_batchers[contraction_p] = _batched_contraction
 mlir.register_lowering(contraction_p, _lower_contraction)
+
+
+# Functions that were wrapped before may be analyzed.
+RULES[in_order_p] = moves.same
+RULES[wait_p] = lambda recorder, eqn, ins: [ins[0]]
+RULES[contraction_p] = sums.dot_general
 
 
 def _is_on_one_device(ctx: Any) -> bool:

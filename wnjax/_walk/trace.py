@@ -11,6 +11,7 @@ import jax
 from jax.extend import core
 from jax.interpreters import partial_eval
 
+from wnjax._leaves import is_array
 from wnjax._walk.lines import line_of_error
 from wnjax._walk.walker import inputs_of, opened
 
@@ -33,11 +34,6 @@ class Traced(NamedTuple):
     places: Sequence[int | None]
     rebuild: Callable[[Sequence[Any]], Any]
     memo: dict[Any, Any]
-
-
-def is_array(x: Any) -> bool:
-    """Whether a leaf is an array, or stands for one; Python's numbers are not."""
-    return hasattr(x, "shape") and hasattr(x, "dtype")
 
 
 class Tracer:

@@ -45,13 +45,8 @@ from wnjax._walk.tracks import (
     is_repeated,
     united,
 )
-from wnjax._xla import contraction_p, in_order_p, wait_p
 
-RULES = by_primitive(moves.RULES | arithmetic.RULES | sums.RULES) | {
-    in_order_p: moves.same,
-    wait_p: lambda recorder, eqn, ins: [ins[0]],
-    contraction_p: sums.dot_general,
-}
+RULES = by_primitive(moves.RULES | arithmetic.RULES | sums.RULES)
 
 
 def rule_of(eqn: Any) -> Rule | None:
