@@ -121,11 +121,11 @@ LINEN = {
             "layer/out/kernel": (1, 1, 3),
         },
     ),
-    "setup": (Setup, {}, {"first/kernel": (1, 3), "inside/layer_instance/kernel": (1, 3)}),
+    "setup": (Setup, {}, {"first/kernel": (1, 3), "inside/kernel": (1, 3)}),
     "lent": (Lender, {}, {"own/kernel": (1, 3)}),
     "stack": (Stack, {}, {"Layer_0/Dense_0/kernel": (4, 1, 3)}),
     "boxed": (lambda wrap: Compact(wrap, boxed_dense), {}, {"layer/kernel": (1, 4)}),
-    "alone": (lambda wrap: wrap(nn.Dense(4)), {}, {"layer_instance/kernel": (1, 4)}),
+    "alone": (lambda wrap: wrap(nn.Dense(4)), {}, {"kernel": (1, 4)}),
 }
 every_linen = pytest.mark.parametrize("name", LINEN)
 
@@ -184,7 +184,7 @@ def test_linen_keeps_v_and_takes_g_as_they_are(name):
     np.testing.assert_array_equal(kernel.g[0], scale)
 
 
-@pytest.mark.parametrize("name", ["compact", "heads", "bias_too"])
+@every_linen
 def test_linen_nodes_serve_the_model_without_the_wrapper(name):
     old, _, params, convert, _ = linen(name)
     plain = LINEN[name][0](lambda layer: layer)
@@ -192,8 +192,15 @@ def test_linen_nodes_serve_the_model_without_the_wrapper(name):
     close(wnjax.wrap(applied(plain))(convert(params), X), applied(old)(params, X))
 
 
-@pytest.mark.parametrize("form", ["nested", "flat", "frozen", "variables", "msgpack"])
-@pytest.mark.parametrize("name", ["compact", "lent", "stack"])
+FORMS = ["flat", "frozen", "variables", "msgpack"]
+
+
+@pytest.mark.parametrize(
+    ("name", "form"),
+    # Where the layer is inside the wrapper, a nested kernel would be an array and a dict.
+    [(name, "nested") for name in ("compact", "lent", "stack")]
+    + [(name, form) for name in ("compact", "lent", "stack", "setup", "alone") for form in FORMS],
+)
 def test_linen_takes_keys_in_every_form(name, form):
     _, _, params, convert, _ = linen(name)
     flat = flatten_dict(params, sep="/")
@@ -213,6 +220,21 @@ def test_linen_takes_keys_in_every_form(name, form):
     assert isinstance(converted, FrozenDict) == (form == "frozen")
     chex.assert_trees_all_equal(jax.tree.leaves(converted), jax.tree.leaves(convert(params)))
     assert {**wnjax.norms(converted)}.keys() == wnjax.norms(convert(params)).keys()
+
+
+def test_linen_takes_the_place_of_the_wrapper_in_all_collections():
+    class Normed(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.BatchNorm(use_running_average=True)(nn.Dense(4)(x))
+
+    old, plain = flax_wrapper(Normed()), Normed()
+    variables = shaken(old.init(KEY, X))
+    converted = from_linen(variables)
+    shapes = jax.tree.map(jnp.shape, wnjax.fold(converted))
+    assert shapes == jax.tree.map(jnp.shape, plain.init(KEY, X))
+    actual, expected = plain.apply(wnjax.fold(converted), X), old.apply(variables, X)
+    close(actual, expected)
 
 
 def test_linen_takes_boxes_that_a_file_made_dicts_of():

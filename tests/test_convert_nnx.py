@@ -71,8 +71,9 @@ def test_nnx_computes_the_same_and_trains_alike():
     chex.assert_trees_all_equal(nnx.state(old), before)
     assert isinstance(new.first, wnjax.nnx.WeightNorm)
     assert new.again is new.layers[0]
-    assert new.layers[0].g["kernel"].shape == (1, 1)
-    assert list(new.mix.g) == ["query"]
+    assert new.layers[0].kernel.g.shape == (1, 1)
+    assert wnjax.is_weight_norm(new.mix.query.kernel)
+    assert type(new.mix.key.kernel) is nnx.Param
     close(new(X), old(X))
     before = jax.tree.map(jnp.copy, nnx.state(old))  # the call has written to v
     nnx_step(new, BUT_GAINS)
@@ -89,9 +90,9 @@ def test_nnx_scales_that_no_call_has_written_to_v():
 
 def test_nnx_gains_train():
     new = from_nnx(nnx_network())
-    before = new.first.g["kernel"][...]
+    before = new.first.kernel.g[...]
     nnx_step(new, nnx.Param)
-    assert (new.first.g["kernel"][...] != before).all()
+    assert (new.first.kernel.g[...] != before).all()
 
 
 @pytest.mark.skipif(
@@ -135,7 +136,7 @@ def test_nnx_states_are_those_of_the_new_model(form):
     converted = from_nnx(given)
     expected = nnx.state(from_nnx(old))
     if form == "state":
-        assert type(converted["first"]["g"]["kernel"]) is nnx.Param
+        assert type(converted["first"]["layer_instance"]["kernel"]["g"]) is nnx.Param
         chex.assert_trees_all_equal(converted, expected)
     else:
         expected = serialization.to_state_dict(nnx.to_pure_dict(expected))  # keys are strings
@@ -150,7 +151,7 @@ def test_nnx_state_of_stacked_layers():
 
     old = make(nnx.Rngs(0))
     new = from_nnx(old)
-    assert new.g["kernel"].shape == (4, 1, 3)
+    assert new.kernel.g.shape == (4, 1, 3)
     chex.assert_trees_all_equal(from_nnx(nnx.state(old)), nnx.state(new))
     run = nnx.vmap(lambda layer: layer(X))
     close(run(new), run(old))
@@ -164,15 +165,16 @@ def test_nnx_gains_have_no_axis_names_on_fan_in_axes():
         states = nnx.state(new), from_nnx(nnx.state(old))
         close(new(X), old(X))
         for spec in map(nnx.get_partition_spec, states):
-            assert spec["g"]["kernel"].get_value() == jax.P(None, "out")
-            assert spec["layer_instance"]["kernel"].get_value() == jax.P("in", "out")
+            kernel = spec["layer_instance"]["kernel"]
+            assert kernel["g"].get_value() == jax.P(None, "out")
+            assert kernel["v"].get_value() == jax.P("in", "out")
 
 
 def test_nnx_without_scale_has_gains_of_one():
     layer = nnx.Linear(3, 4, rngs=nnx.Rngs(0))
     old = nnx.WeightNorm(layer, use_scale=False, rngs=nnx.Rngs(0))
     new = from_nnx(old)
-    np.testing.assert_array_equal(new.g["kernel"], np.ones((1, 4)))
+    np.testing.assert_array_equal(new.kernel.g[...], np.ones((1, 4)))
     close(new(X), old(X))
 
 
@@ -182,7 +184,7 @@ def test_nnx_neurons_of_zeros_compute_the_same_and_train():
     new = from_nnx(old)
     close(new(X), old(X))
     grads = nnx.grad(lambda layer: layer(X).sum())(new)
-    assert (grads["g"]["kernel"][...] != 0).all()
+    assert (grads["layer_instance"]["kernel"]["g"][...] != 0).all()
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """`wnjax.linen.WeightNorm` against the same modules without it, and against sums by hand."""
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
@@ -183,23 +184,22 @@ class Autoencoder(nn.Module):
 class CallsTwice(nn.Module):
     """Each of two calls makes the parameters of one layer."""
 
-    decode: Any = "decode"
+    wrap: Callable[[nn.Module], nn.Module] = WeightNorm
 
     def setup(self):
-        self.net = WeightNorm(Autoencoder())
+        self.net = self.wrap(Autoencoder())
 
     def __call__(self, x):
-        return self.net(self.net(x, only_encode=True), method=self.decode)
+        return self.net.decode(self.net(x, only_encode=True))
 
     def whole(self, x):
         return self.net(x, scale=2.0)
 
 
-@pytest.mark.parametrize("decode", ["decode", Autoencoder.decode], ids=["name", "function"])
-def test_methods_of_the_module_and_of_the_outer_one(decode):
-    module = CallsTwice(decode)
+def test_methods_of_the_module_and_of_the_outer_one():
+    module = CallsTwice()
     y, variables = module.init_with_output(KEY, X, method="whole")
-    net = wnjax.fold(variables)["params"]["net"]["layer_instance"]
+    net = wnjax.fold(variables)["params"]["net"]
     code = X @ np.asarray(net["encoder"]["kernel"])
     assert_close(y, 2 * code @ np.asarray(net["decoder"]["kernel"]))
     assert_close(2 * module.apply(variables, X), y)
@@ -208,12 +208,11 @@ def test_methods_of_the_module_and_of_the_outer_one(decode):
 def test_apply_and_init_take_the_name_of_a_method():
     module = WeightNorm(Autoencoder())
     variables = module.init(KEY, X)
-    weights = {"params": wnjax.fold(variables)["params"]["layer_instance"]}
     code = X[:, :2]
-    want = Autoencoder().apply(weights, code, method="decode")
+    want = Autoencoder().apply(wnjax.fold(variables), code, method="decode")
     assert_close(module.apply(variables, code, method="decode"), want)
     assert_close(module.bind(variables).decode(code), want)
-    alone = module.init(KEY, code, method="decode")["params"]["layer_instance"]
+    alone = module.init(KEY, code, method="decode")["params"]
     assert alone["decoder"]["kernel"].g.shape == (1, 3)
     with pytest.raises(AttributeError, match="no attribute"):
         module.apply(variables, code, method="dekode")
@@ -241,7 +240,7 @@ def test_what_is_no_module_is_refused(case):
 
 def test_every_call_that_makes_parameters_normalizes_them():
     y, variables = CallsTwice().init_with_output(KEY, X)
-    net = variables["params"]["net"]["layer_instance"]
+    net = variables["params"]["net"]
     shapes = {name: layer["kernel"].g.shape for name, layer in net.items()}
     assert shapes == {"encoder": (1, 2), "decoder": (1, 3)}
     assert_close(y, Autoencoder().apply({"params": wnjax.fold(net)}, X))
@@ -317,7 +316,7 @@ def test_adam_steps_in_a_train_state_equal_those_by_hand():
     state = TrainState.create(apply_fn=module.apply, params=params, tx=optax.adam(0.1))
     for _ in range(3):
         state = step(state)
-    start, end = (leaves(p["layer_instance"]) for p in (params, state.params))
+    start, end = (leaves(p) for p in (params, state.params))
     assert_close(end, train(optax.adam(0.1), by_hand, start, 3), 1e-12)
     assert all(np.abs(end[name] - start[name]).min() > 1e-3 for name in ("g", "v", "bias"))
 
@@ -366,7 +365,7 @@ def test_axes_are_given_by_paths_inside_the_module():
     axes = {"layers_0/kernel": 0, ".*": None}
     module = WeightNorm(nn.Sequential([nn.Dense(4), nn.Dense(2)]), axes=axes)
     y, variables = module.init_with_output(KEY, X)
-    first, second = (variables["params"]["layer_instance"][f"layers_{i}"]["kernel"] for i in (0, 1))
+    first, second = (variables["params"][f"layers_{i}"]["kernel"] for i in (0, 1))
     assert first.g.shape == (3, 1)
     assert_close(y, X @ np.asarray(first.v) @ np.asarray(second))
 
@@ -375,7 +374,7 @@ REFUSED = {
     "range": (nn.Dense(4), {"kernel": 2}, r"^kernel of shape \(3, 4\): feature axis 2 is out of"),
     "name": (nn.Dense(4), {"kernal": 1}, r"'kernal' matches no leaf .*:\n  kernel\n  bias"),
     "fan_in": (nn.Dense(4), {"kernel": (0, 1)}, r"^kernel of shape .* leave no fan-in axis"),
-    "no_weights": (nn.LayerNorm(), "traced", r"no leaf is a weight.*\n  bias: .*\n  scale: scale"),
+    "no_weights": (nn.LayerNorm(), None, r"no leaf is a weight.*\n  bias: .*\n  scale: scale"),
 }
 
 
@@ -393,7 +392,7 @@ def sharded_step(how, layout):
     variables = with_gains_doubled(init(WeightNorm(nn.Dense(12)), batch[0]))
 
     def step(variables, *batch, how=how):
-        v = variables["params"]["layer_instance"]["kernel"].v
+        v = variables["params"]["kernel"].v
         module = WeightNorm(nn.Dense(v.shape[1]))  # of the neurons that are here
 
         def loss(variables, x, y):
@@ -402,7 +401,7 @@ def sharded_step(how, layout):
         return sgd_step(loss, how, variables, *batch)
 
     layer = {"kernel": wnjax.WeightNorm(g, kernel), "bias": bias}
-    specs = ({"params": {"layer_instance": layer}}, jax.P("data"), outputs)
+    specs = ({"params": layer}, jax.P("data"), outputs)
     return (lambda: spread(how, step, specs, variables, *batch)), step(variables, *batch, how=None)
 
 
@@ -416,3 +415,313 @@ def test_the_norm_of_a_shard_is_refused():
     found, _ = sharded_step("shard_map", "fan-in")
     with pytest.raises(ValueError, match="kernel: its fan-in axes seem to be split"):
         found()
+
+
+class Plain(nn.Module):
+    @nn.compact
+    def __call__(self, carry, _):
+        return nn.Dense(3)(carry), None
+
+
+class Carry(nn.Module):
+    """What makes of stacked layers a function of x alone."""
+
+    layers: nn.Module
+
+    def __call__(self, x):
+        return self.layers(x, None)[0]
+
+
+class Statistics(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.BatchNorm(use_running_average=False)(nn.Dense(8)(x))
+        return nn.Dense(2)(nn.Dropout(0.5, deterministic=False)(x))
+
+
+BOXED = nn.with_partitioning(nn.initializers.lecun_normal(), ("in", "out"))
+PLAIN = {
+    "dense": (partial(nn.Dense, 4), (5, 3)),
+    "transposed": (TRANSPOSED, (2, 5, 2)),
+    "lstm": (lambda: nn.RNN(nn.LSTMCell(4)), (2, 3, 3)),
+    "sequential": (lambda: nn.Sequential([nn.Dense(4), nn.relu, nn.Dense(2)]), (5, 3)),
+    "network": (Network, (2, 5, 3)),
+    "setup": (Autoencoder, (5, 3)),
+    "statistics": (Statistics, (5, 3)),
+    "scan": (lambda: Carry(stack(nn.scan, 0, Plain, length=3)()), (5, 3)),
+    "vmap": (lambda: Carry(stack(nn.vmap, 0, Plain, axis_size=4, in_axes=None)()), (5, 3)),
+    "remat": (lambda: nn.remat(nn.Dense)(4), (5, 3)),
+    "jit": (nn.jit(Network), (2, 5, 3)),
+    "boxes": (lambda: nn.Dense(4, kernel_init=BOXED), (5, 3)),
+}
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_folded_variables_are_those_of_the_plain_module(name):
+    """At its paths, from the same random numbers; so are outputs, intermediates and statistics."""
+    make, shape = PLAIN[name]
+    x, rngs = jax.random.normal(KEY, shape), {"params": KEY, "dropout": jax.random.key(1)}
+    layer, module = make(), WeightNorm(make())
+    (_, variables), (_, expected) = (m.init_with_output(rngs, x) for m in (module, layer))
+    assert any(map(wnjax.is_weight_norm, jax.tree.leaves(variables, is_leaf=wnjax.is_weight_norm)))
+    chex.assert_trees_all_equal_structs(wnjax.fold(variables), expected)
+    assert_close(wnjax.fold(variables), expected)
+
+    variables |= {"params": with_gains_doubled(variables["params"])}
+    options = {"mutable": True, "capture_intermediates": True, "rngs": {"dropout": KEY}}
+    y, state = module.apply(variables, x, **options)
+    want, updated = layer.apply(wnjax.fold(variables), x, **options)
+    chex.assert_trees_all_equal(state.pop("params"), variables["params"])
+    updated.pop("params")
+    assert_close((y, state), (want, updated), 1e-5)
+
+
+class Several(nn.Module):
+    """All ways to make wrapped layers in a parent, plain if `wrap` does nothing."""
+
+    wrap: Callable[..., nn.Module] = WeightNorm
+
+    def setup(self):
+        self.first = nn.Dense(3)
+        self.again = self.wrap(self.first)
+        self.listed = [self.wrap(nn.Dense(3)) for _ in range(2)]
+        self.named = self.wrap(Autoencoder())
+        self.compact = Wraps(self.wrap)
+
+    def __call__(self, x):
+        for layer in (self.again, *self.listed, self.again, self.compact):
+            x = layer(x)
+        return self.named(x) + self.named.decode(self.named(x, only_encode=True))
+
+
+class Wraps(nn.Module):
+    wrap: Callable[..., nn.Module]
+
+    @nn.compact
+    def __call__(self, x):
+        shared = self.wrap(nn.Dense(3))
+        x = self.wrap(nn.Dense(3, name="named"))(shared(x))
+        x = self.wrap(nn.Dense(3), name="a name of the wrapper")(x)
+        return self.wrap(Autoencoder())(shared(x))
+
+
+def test_wrapped_layers_in_a_parent_keep_the_paths_of_plain_ones():
+    module, layer = Several(), Several(lambda layer, name=None: layer)
+    variables, expected = module.init(KEY, X), layer.init(KEY, X)
+    chex.assert_trees_all_equal_structs(wnjax.fold(variables), expected)
+    assert_close(wnjax.fold(variables), expected)
+    variables = with_gains_doubled(variables)
+    assert_close(module.apply(variables, X), layer.apply(wnjax.fold(variables), X), 1e-5)
+
+
+class Holds(nn.Module):
+    """A module that has the layer as an attribute, for transformations around both."""
+
+    layer: nn.Module
+
+    def __call__(self, x):
+        return self.layer(x)
+
+
+class ScanHolds(Holds):
+    def __call__(self, x, _):
+        return self.layer(x), None
+
+
+class Borrows(nn.Module):
+    """One that lends its own layer, wrapped, to a module that is transformed."""
+
+    wrap: Callable[[nn.Module], nn.Module]
+
+    def setup(self):
+        self.own = nn.Dense(3)
+        self.borrower = nn.remat(Holds)(self.wrap(self.own))
+
+    def __call__(self, x):
+        return self.borrower(x)
+
+
+def held_by(module):
+    return lambda wrap: module(wrap(nn.Dense(3)))
+
+
+SCAN = stack(nn.scan, 0, ScanHolds, length=4)
+VMAP = stack(nn.vmap, 0, Holds, axis_size=4, in_axes=None)
+HELD = {
+    "alone": held_by(Holds),
+    "jit": held_by(nn.jit(Holds)),
+    "remat": held_by(nn.remat(Holds)),
+    "remat of jit": held_by(lambda layer: nn.remat(Holds)(nn.jit(Holds)(layer))),
+    "several": lambda wrap: nn.remat(nn.Sequential)([wrap(nn.Dense(3)), wrap(Autoencoder())]),
+    "scan": lambda wrap: Carry(SCAN(wrap(nn.Dense(3)))),
+    "vmap": held_by(VMAP),
+    "lent": nn.jit(Borrows),
+    "a network of wrappers": lambda wrap: nn.remat(Holds)(Several(wrap)),
+}
+
+
+@pytest.mark.parametrize("name", HELD)
+def test_transformations_around_a_module_that_holds_the_wrapper(name):
+    module, layer = HELD[name](WeightNorm), HELD[name](lambda layer, name=None: layer)
+    variables, expected = module.init(KEY, X), layer.init(KEY, X)
+    chex.assert_trees_all_equal_structs(wnjax.fold(variables), expected)
+    assert_close(wnjax.fold(variables), expected)
+    variables = with_gains_doubled(variables)
+    assert_close(module.apply(variables, X), layer.apply(wnjax.fold(variables), X), 1e-4)
+
+
+TRANSFORMED = {
+    "jit": (nn.jit(WeightNorm), lambda layer: layer),
+    "remat": (nn.remat(WeightNorm), lambda layer: layer),
+    "vmap": (
+        stack(nn.vmap, 0, WeightNorm, axis_size=4, in_axes=None),
+        lambda layer: stack(nn.vmap, 0, nn.Dense, axis_size=4, in_axes=None)(layer.features),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMED)
+def test_transformations_of_the_class(name):
+    module, layer = (make(nn.Dense(4)) for make in TRANSFORMED[name])
+    variables, expected = module.init(KEY, X), layer.init(KEY, X)
+    chex.assert_trees_all_equal_structs(wnjax.fold(variables), expected)
+    variables = with_gains_doubled(variables)
+    assert_close(module.apply(variables, X), layer.apply(wnjax.fold(variables), X), 1e-5)
+
+
+def test_tabulate_counts_the_parameters():
+    table = WeightNorm(nn.Dense(4)).tabulate(KEY, X, console_kwargs={"width": 200})
+    assert "Total Parameters: 20" in table  # v of 12, g of 4, bias of 4
+
+
+@pytest.mark.parametrize("parent", [False, True], ids=["top", "parent"])
+def test_plain_parameters_are_refused_with_what_to_write(parent):
+    module, layer = WeightNorm(Network()), Network()
+    if parent:
+        module, layer = (nn.Sequential([m]) for m in (module, layer))
+    x = jax.random.normal(KEY, (2, 5, 3))
+    params = layer.init(KEY, x)["params"]
+    with pytest.raises(ValueError, match="these parameters are plain weights") as caught:
+        module.apply({"params": params}, x)
+    (line,) = (line for line in str(caught.value).splitlines() if "wnjax.weight_norm(" in line)
+    scope = {"params": params, "wnjax": wnjax}
+    exec(line.strip(), scope)
+    want = layer.apply({"params": params}, x)
+    assert_close(module.apply({"params": scope["params"]}, x), want, 1e-5)
+    chex.assert_trees_all_equal_structs(scope["params"], module.init(KEY, x)["params"])
+
+
+def test_transformations_of_functions_take_models_with_the_module():
+    """They fold the parameters on the way."""
+    module = nn.Sequential([WeightNorm(nn.Dense(3)), nn.relu, WeightNorm(nn.Dense(2))])
+    params = with_gains_doubled(module.init(KEY, X)["params"])
+
+    def fn(params, x):
+        return module.apply({"params": params}, x)
+
+    x = jax.random.normal(KEY, (100, 3))
+    axes = wnjax.infer_axes(fn)(params, x)
+    assert axes["layers_2"]["kernel"] == wnjax.Weight((1,), "layers_2/bias", "dot_general")
+    assert_close(jax.jit(wnjax.wrap(fn))(params, x), fn(params, x))
+    y = fn(wnjax.data_init(fn)(params, x), x)
+    assert_close((y.mean(0), y.std(0)), (np.zeros(2), np.ones(2)), 1e-4)
+
+
+FLAX = {  # arguments of Flax's, and a layer; named, since Flax's path begins with the name
+    "feature_axis": ({"feature_axes": 0}, partial(nn.Dense, 4)),
+    "negative": ({"feature_axes": -1}, partial(nn.DenseGeneral, (2, 3))),
+    "axes": ({"feature_axes": (-2, -1)}, partial(nn.DenseGeneral, (2, 3))),
+    "whole": ({"feature_axes": None}, partial(nn.Conv, 4, (3,))),
+    "filter": ({"feature_axes": -1, "variable_filter": {"query", "out/kernel"}}, None),
+    "traced": ({"variable_filter": ["value", "out"]}, None),
+    "name": ({"variable_filter": {"layer"}}, partial(nn.Dense, 4)),
+}
+
+
+@pytest.mark.parametrize("case", FLAX)
+def test_arguments_of_flax_choose_the_weights_that_flax_normalizes(case):
+    arguments, make = FLAX[case]
+    make = make or partial(nn.MultiHeadDotProductAttention, 2, qkv_features=4, use_bias=False)
+    x = X[None] if make.func is nn.Conv else X
+
+    class Parent(nn.Module):
+        wrap: Any
+
+        @nn.compact
+        def __call__(self, x):
+            return self.wrap(make(name="layer"), **arguments)(x)
+
+    theirs = wnjax.convert.from_linen(
+        Parent(nn.WeightNorm).init(KEY, x)["params"],
+        feature_axes=arguments.get("feature_axes", -1),
+    )
+    ours = Parent(WeightNorm).init(KEY, x)["params"]
+
+    def shapes(params):
+        return {path: jnp.shape(x.g) for path, x in flat(params).items() if wnjax.is_weight_norm(x)}
+
+    if case == "name":  # Flax normalizes the bias too, which has no fan-in axis
+        theirs["layer"].pop("bias")
+    if case == "traced":  # heads share no norm
+        assert shapes(ours) == {"layer/value/kernel": (1, 2, 2), "layer/out/kernel": (1, 1, 3)}
+        assert shapes(ours).keys() == shapes(theirs).keys()
+    else:
+        assert shapes(ours) == shapes(theirs)
+    plain_params = Parent(lambda layer, **_: layer).init(KEY, x)
+    assert_close(wnjax.fold(ours), plain_params["params"])
+
+
+REFUSED_ARGUMENTS = {
+    "epsilon": ({"epsilon": 1e-6}, TypeError, "epsilon=1e-06: the norm needs none"),
+    "dtype": ({"dtype": jnp.bfloat16}, TypeError, "give dtype to the layer"),
+    "param_dtype": ({"param_dtype": jnp.float32}, TypeError, "give param_dtype to the layer"),
+    "scale_init": ({"scale_init": nn.initializers.ones}, TypeError, "Give kernel_init to the"),
+    "use_scale": ({"use_scale": False}, TypeError, "use_scale=False: every weight has a gain"),
+    "both": ({"axes": {"kernel": 0}, "feature_axes": 0}, ValueError, "but not both"),
+    "filter": ({"axes": {"kernel": 0}, "variable_filter": None}, ValueError, "but not both"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED_ARGUMENTS)
+def test_other_arguments_are_refused_with_what_to_write(case):
+    arguments, error, message = REFUSED_ARGUMENTS[case]
+    with pytest.raises(error, match=message):
+        WeightNorm(nn.Dense(4), **arguments)
+
+
+def test_every_argument_of_flax_is_known():
+    fields = {f.name for f in dataclasses.fields(nn.WeightNorm)}
+    assert fields <= {f.name for f in dataclasses.fields(WeightNorm)}
+    WeightNorm(nn.Dense(4), use_scale=True, dtype=None)
+
+
+def test_a_filter_that_leaves_out_all_weights_is_refused():
+    with pytest.raises(ValueError, match=r"no leaf is a weight(.|\n)*kernel: variable_filter leav"):
+        WeightNorm(nn.Dense(4), variable_filter={"bias"}).init(KEY, X)
+
+
+def test_gains_stay_at_one_as_without_scale():
+    """What the message about use_scale says, against Flax with use_scale=False."""
+    module, theirs = WeightNorm(nn.Dense(4)), nn.WeightNorm(nn.Dense(4), use_scale=False)
+    params = module.init(KEY, X)["params"]
+    labels = wnjax.labels(params)
+    params = jax.tree.map(lambda label, a: jnp.ones_like(a) if label == "g" else a, labels, params)
+    layer = {"kernel": params["kernel"].v, "bias": params["bias"]}
+    parts = {"g": optax.set_to_zero(), "v": optax.sgd(0.1), "other": optax.sgd(0.1)}
+
+    def ours(params):
+        return jnp.mean(jnp.sin(module.apply({"params": params}, X)))
+
+    def flax(layer):
+        return jnp.mean(jnp.sin(theirs.apply({"params": {"layer_instance": layer}}, X)))
+
+    stepped = train(optax.partition(parts, wnjax.labels), ours, params, 3)
+    expected = train(optax.sgd(0.1), flax, layer, 3)
+    np.testing.assert_array_equal(stepped["kernel"].g, 1)
+    assert_close({"kernel": stepped["kernel"].v, "bias": stepped["bias"]}, expected)
+
+
+def test_a_wrapper_in_a_wrapper_is_refused():
+    inner = nn.Sequential([nn.Dense(3), WeightNorm(nn.Dense(2))])
+    with pytest.raises(ValueError, match="normalized twice:\n  layers_1/kernel"):
+        WeightNorm(inner).init(KEY, X)

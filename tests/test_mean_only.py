@@ -1,5 +1,6 @@
 """Mean-only batch normalization against flax's BatchNorm with the variance fixed at 1."""
 
+import inspect
 from functools import partial
 
 import flax.linen as nn
@@ -11,6 +12,7 @@ from flax import nnx
 
 import wnjax
 from tests.test_sharding import JITS, everywhere, sgd_step, spread
+from wnjax._module_arguments import BATCH_NORM_INSTEAD
 
 
 def data(*shape, seed=0):
@@ -230,3 +232,37 @@ def test_integers_are_taken_as_batch_norm_takes_them(dtype, use_bias, param_dtyp
     np.testing.assert_allclose(y.astype(jnp.float32), by_hand, rtol=1e-2)
     assert variables["batch_stats"]["mean"].dtype == jnp.float32
     np.testing.assert_array_equal(y, wnjax.nnx.MeanOnlyBatchNorm(2, rngs=nnx.Rngs(0), **options)(x))
+
+
+NNX = partial(wnjax.nnx.MeanOnlyBatchNorm, 3, rngs=nnx.Rngs(0))
+REFUSED = {
+    "epsilon": ({"epsilon": 1e-5}, "epsilon=1e-05: the variance is not normalized"),
+    "use_scale": ({"use_scale": True}, "use_scale=True: the gain g of the weight norm"),
+    "scale_init": ({"scale_init": nn.initializers.ones}, "wnjax.data_init sets it"),
+    "use_fast_variance": ({"use_fast_variance": True}, "the variance is not normalized"),
+}
+IN_LINEN = {"reductions": ({"force_float32_reductions": False}, "leave it out or say True")}
+IN_NNX = {
+    "promote_dtype": ({"promote_dtype": max}, "give dtype"),
+    "scale_metadata": ({"scale_metadata": {}}, "the gain g"),
+    "unknown": ({"epsilom": None}, "unexpected keyword argument 'epsilom'"),
+}
+LINEN = wnjax.linen.MeanOnlyBatchNorm
+EACH = [(LINEN, *case) for case in (REFUSED | IN_LINEN).values()]
+EACH += [(NNX, *case) for case in (REFUSED | IN_NNX).values()]
+
+
+@pytest.mark.parametrize(("make", "arguments", "message"), EACH)
+def test_arguments_of_batch_norm_without_a_meaning_are_refused(make, arguments, message):
+    with pytest.raises(TypeError, match=message):
+        make(**arguments)
+
+
+def test_every_argument_of_batch_norm_is_known_in_its_place():
+    theirs, ours = (inspect.signature(c.__init__).parameters for c in (nn.BatchNorm, LINEN))
+    assert list(ours) == list(theirs)
+    ours = inspect.signature(wnjax.nnx.MeanOnlyBatchNorm.__init__).parameters
+    known = {*ours, *BATCH_NORM_INSTEAD}
+    assert inspect.signature(nnx.BatchNorm.__init__).parameters.keys() <= known
+    LINEN(use_scale=False, force_float32_reductions=True, epsilon=None)
+    NNX(use_scale=False, epsilon=None)

@@ -20,6 +20,7 @@ from wnjax._leaves import (
     unbox_node,
 )
 from wnjax._nodes import Node, weight
+from wnjax._plain_weights import plain_weights
 from wnjax._walk.trace import Traced, Tracer
 from wnjax._walk.tracks import ACTIVATION, DATA, Info
 from wnjax._walk.walker import Walk, captured_info, leaf_info
@@ -63,7 +64,8 @@ class Analyzer:
           ValueError: if `fn` needs values of the data, or uses axis names that nothing binds.
         """
         plain = _fold_abstractly(params)
-        traced = self._tracer(plain, *args, **kwargs)
+        with plain_weights():
+            traced = self._tracer(plain, *args, **kwargs)
         leaves = flatten(plain)[0]
         paths, arrays = [path for path, _ in leaves], [unbox(leaf) for _, leaf in leaves]
         if "analyzed" not in traced.memo:

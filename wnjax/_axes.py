@@ -126,13 +126,11 @@ def decide(
     axes: Axes = None,
     *,
     is_part: bool = False,
-    is_provisional: bool = False,
 ) -> list[tuple[str, Any, Decision]]:
     """What `axes` says of every leaf of `params`, in the order of `flatten`.
 
     With `is_part`, patterns may speak of leaves that `params` lacks. A tree always may: one that
-    was found for the whole model serves for a part of it. With `is_provisional`, the naming rules
-    take what is likeliest where they would refuse or warn: something else will tell.
+    was found for the whole model serves for a part of it.
 
     Returns:
       A list of (slash path, leaf without its box, decision).
@@ -150,7 +148,7 @@ def decide(
     if axes is None:
         others = beside_parameters(boxes)
         parameters = [leaf for i, leaf in enumerate(leaves) if i not in others]
-        by_names = iter(_by_flax_names(parameters, is_provisional))
+        by_names = iter(_by_flax_names(parameters))
         decisions = [others[i] if i in others else next(by_names) for i in range(len(leaves))]
     elif _holds_decisions(axes):
         decisions = _by_tree(axes, paths)  # before callables: an Equinox module is both
@@ -205,11 +203,11 @@ def _holds_decisions(axes: Any) -> bool:
     )
 
 
-def _by_flax_names(leaves: Sequence[tuple[str, Any]], is_provisional: bool) -> list[Decision]:
+def _by_flax_names(leaves: Sequence[tuple[str, Any]]) -> list[Decision]:
     """What leaves are by Flax's naming rules: weights are those named `kernel`.
 
     Raises:
-      ValueError: if the rules refuse a kernel, unless `is_provisional`.
+      ValueError: if the rules refuse a kernel.
     """
     shapes = {path: tuple(getattr(leaf, "shape", ())) for path, leaf in leaves}
     kernels: dict[str, Named] = {}
@@ -224,8 +222,7 @@ def _by_flax_names(leaves: Sequence[tuple[str, Any]], is_provisional: bool) -> l
         else:
             kernels[path] = named(modules, shape, shapes.get(_beside(path)))
             decisions.append(Weight(kernels[path].feature_axes))
-    if not is_provisional:
-        _check_named(kernels, shapes)
+    _check_named(kernels, shapes)
     return decisions
 
 

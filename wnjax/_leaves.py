@@ -143,9 +143,9 @@ def check_not_apart(leaves: Iterable[tuple[str, Any]]) -> None:
     """Raises ValueError if the leaves are of a `wnjax.nnx.WeightNorm`, and so hold no nodes."""
     if gains := _apart_gains(leaves):
         raise ValueError(
-            "in the state of a wnjax.nnx.WeightNorm v is under layer_instance, and g apart from "
-            "it: take its nodes(), and train these, or let an optimizer train some of its Params "
-            "by wrt=, such as nnx.All(nnx.Param, nnx.Not(nnx.PathContains('g'))). These are "
+            "in the state of a wnjax.nnx.WeightNorm, g and v are Params of their own: take its "
+            "nodes(), and train these, or let an optimizer train some of its Params by wrt=, such "
+            "as nnx.All(nnx.Param, nnx.Not(nnx.PathContains('g'))). These are "
             f"gains:{listing(gains)}"
         )
 

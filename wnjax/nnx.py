@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
+from collections.abc import Callable, Collection, Mapping, Set
+from functools import partial
+from types import EllipsisType, MappingProxyType, MethodType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from wnjax._axes import Axes, Weight, canonical_axes, decide
-from wnjax._axis_name import check_split
-from wnjax._check_module import check_module
-from wnjax._infer_axes import infer_axes
-from wnjax._leaves import as_apart, box_node, flatten, listing, rebox, unbox, unbox_node
+from wnjax._axes import Axes, Decision, FeatureAxes, NotWeight, Weight
+from wnjax._leaves import as_apart, box_node, flatten, is_box, listing, rebox, unbox, unbox_node
 from wnjax._mean_only import batch_mean, canonical, centered, running
-from wnjax._nodes import LogWeightNorm, fan_in_axes, gain_axes
+from wnjax._module_arguments import (
+    BATCH_NORM_INSTEAD,
+    WEIGHT_NORM_INSTEAD,
+    check_module,
+    check_one_form,
+    decisions_of,
+    refuse,
+)
+from wnjax._nodes import LogWeightNorm, gain_axes, is_weight_norm
 from wnjax._nodes import WeightNorm as Node
 from wnjax._weight_norm import fold, weight_norm
 
@@ -24,26 +30,28 @@ from wnjax._weight_norm import fold, weight_norm
 class WeightNorm(nnx.Module):
     """A module whose weights are normalized: w = g·v/‖v‖.
 
-    A drop-in for `flax.nnx.WeightNorm` that computes what the module computed, whose g is among
-    the `nnx.Param`s and trains, and which never writes to v. The module's own Params
-    hold v where they held w; the Params in `g` have the same paths, v's rank, and
-    size 1 on the fan-in axes.
+    It takes the place of `flax.nnx.WeightNorm`, and computes what the module computed. g is among
+    the `nnx.Param`s and trains, and a call never writes to v. Where the module's own attribute held
+    a weight, as in `layer.kernel`, there is a `wnjax.WeightNorm` of two Params now, g and v. g has
+    v's rank, and size 1 on the fan-in axes. The paths of a state end in `kernel/g` and `kernel/v`.
+    A module that is used past this one meets that leaf, which is no array: it never computes with v
+    alone.
 
-    Which Params are weights, and over which axes their norms run, is traced when the module is
-    first called. Until then Flax's naming rules hold; they are right for `nnx.Linear`, `nnx.Conv`,
-    `nnx.MultiHeadAttention` and, by their biases, for stacks of these, so that an optimizer may be
-    made at once. Where the rules were wrong, the first call takes the norms anew without changing
-    the function; make optimizers after it, or pass `axes`. Params that hold `wnjax.WeightNorm`
-    nodes already, as after `nnx.update(module, wnjax.pytorch.from_state_dict(...))`, keep their g
-    and v. Inside `shard_map`, keep the fan-in axes whole; `wrap` takes them split.
+    Attributes and methods of the module are attributes and methods of this one. Methods compute
+    with the normalized weights, on a copy of the module, from which state such as running
+    statistics comes back; so do `model(x)` and `model.encode(x)`.
+
+    The layers of Flax tell which of their Params are weights, and over which axes their norms run,
+    in stacks made by `nnx.vmap` along leading axes, too. Of other modules, pass `axes`. Params
+    that hold `wnjax.WeightNorm` leaves already, as after
+    `nnx.update(module, wnjax.pytorch.from_state_dict(...))`, keep their g and v. A checkpoint of
+    the plain module goes into that: `nnx.update(layer, state)`, and then `WeightNorm(layer)`.
+    Inside `shard_map`, keep the fan-in axes whole; `wrap` takes them split.
 
     Source: Salimans & Kingma 2016, https://arxiv.org/abs/1602.07868, equation 2.
 
     Attributes:
-      layer_instance: the module, with v in the place of its weights.
-      g: the gains: nested dicts of `nnx.Param`, by the paths of the weights.
-      fan_in_axes: of every weight, by its path, counted from the end.
-      needs_check: whether tracing has not yet confirmed the axes.
+      layer_instance: the module, with g and v in the place of its weights.
 
     >>> import jax.numpy as jnp, optax
     >>> from flax import nnx
@@ -51,197 +59,193 @@ class WeightNorm(nnx.Module):
     >>> layer = wnjax.nnx.WeightNorm(nnx.Linear(3, 4, rngs=nnx.Rngs(0)))
     >>> layer(jnp.ones((2, 3))).shape
     (2, 4)
-    >>> layer.g["kernel"].shape
-    (1, 4)
+    >>> layer.kernel.g.shape, layer.in_features
+    ((1, 4), 3)
     >>> optimizer = nnx.Optimizer(layer, optax.adam(1e-3), wrt=nnx.Param)
     >>> grads = nnx.grad(lambda layer: layer(jnp.ones((2, 3))).sum())(layer)
     >>> _ = optimizer.update(layer, grads)
     """
 
-    def __init__(self, layer_instance: nnx.Module, axes: Axes | str = "traced"):
+    def __init__(  # noqa: PLR0913 - the arguments of nnx.WeightNorm
+        self,
+        layer_instance: nnx.Module,
+        *,
+        axes: Axes = None,
+        feature_axes: FeatureAxes | EllipsisType | None = ...,
+        variable_filter: Any = ...,
+        use_scale: bool = True,
+        rngs: nnx.Rngs | None = None,
+        **refused: None,
+    ):
         """Normalizes a module.
 
         Args:
           layer_instance: the module: a layer, or a whole network. It becomes part of this one.
           axes: which of its Params are weights, in any form that `wnjax.weight_norm` takes, with
-            paths inside the module; `"traced"` finds them by `wnjax.infer_axes` at the first call.
+            paths inside the module. It stands for `feature_axes` and `variable_filter`.
+          feature_axes: Flax's: the feature axes of all weights that `variable_filter` chooses; None
+            for one norm of the whole weight. The layers tell them unless given.
+          variable_filter: Flax's: an NNX filter of the Params. Flax's own
+            `nnx.PathContains("kernel")` where `feature_axes` is given, else all.
+          use_scale: Flax's; False is refused.
+          rngs: Flax's; nothing random is drawn.
+          **refused: `epsilon`, `dtype`, `param_dtype`, `scale_init` and `promote_dtype` of Flax:
+            refused with what to write instead.
 
         Raises:
-          ValueError: if no Param is a weight, or if the axes do not fit; see `weight_norm`. If
-            axes are given for Params that are nodes already, or one of these is a `LogWeightNorm`.
-          TypeError: if `layer_instance` is no instance of an NNX module.
+          ValueError: if no Param is a weight, or if the axes do not fit; see `weight_norm`. If a
+            Param of two axes or more is not of a layer of Flax, and no argument says what it is. If
+            axes are given twice, or for Params that are (g, v) leaves already, or one of these is a
+            `LogWeightNorm`. If a WeightNorm is inside the module.
+          TypeError: if `layer_instance` is no instance of an NNX module, or if an argument of
+            Flax's is given that has no meaning here.
         """
-        check_module("wnjax.nnx.WeightNorm", layer_instance, nnx.Module)
-        self.layer_instance = layer_instance
-        self.g: Any = nnx.Dict()
-        self.fan_in_axes: tuple[tuple[str, tuple[int, ...]], ...] = ()
-        self.needs_check = isinstance(axes, str) and axes == "traced"
+        owner = "wnjax.nnx.WeightNorm"
+        check_module(owner, layer_instance, nnx.Module)
+        given = {**refused, "use_scale": None if use_scale else False}
+        refuse(owner, given, WEIGHT_NORM_INSTEAD)
+        check_one_form(owner, axes, feature_axes, variable_filter)
+        _check_not_inside(layer_instance)
         params = nnx.state(layer_instance, nnx.Param)
-        if any(unbox_node(box) is not None for _, box in flatten(params)[0]):
-            self._take_given(params)
-            return
-        chosen: Any = None if self.needs_check else axes
-        decided = decide(params, chosen, is_provisional=self.needs_check)
-        decisions = {path: what for path, _, what in decided}
-        if not self.needs_check or any(isinstance(what, Weight) for what in decisions.values()):
-            self._take(weight_norm(params, decisions))
+        normalized = params
+        if nodes := {path: node for path, x in flatten(params)[0] if (node := unbox_node(x))}:
+            _check_given(nodes, axes is None and feature_axes is ... and variable_filter is ...)
+        else:
+            if feature_axes is not ... and variable_filter is ...:
+                variable_filter = nnx.PathContains("kernel")
+            chosen = nnx.filterlib.to_predicate(variable_filter)
+            selected = {_slash(path) for path, x in nnx.to_flat_state(params) if chosen(path, x)}
+            find = partial(_told_by_layers, layer_instance, selected)
+            decisions = decisions_of(params, axes, feature_axes, selected.__contains__, find)
+            normalized = weight_norm(params, decisions)
+        old, new = (dict(flatten(tree)[0]) for tree in (params, normalized))
+        pairs = {path: as_pair(leaf) for path, leaf in new.items() if unbox_node(leaf)}
+        _put(layer_instance, {id(old[path]): pair for path, pair in pairs.items()})
+        self.layer_instance = layer_instance
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Calls the module, or one of its methods.
+        """Calls the module with the normalized weights.
 
         Args:
           *args: go to the module.
-          **kwargs: go to the module, but for `method`: the name of one of its methods, or a
-            function whose first argument it is, to be called instead of `__call__`.
+          **kwargs: go to the module.
 
         Returns:
           What the module returns.
-
-        Raises:
-          ValueError: if this is the first call, in `jit` or another transformation, and tracing
-            finds other axes than the naming rules did; or if no Param is a weight.
         """
-        if self.needs_check:
-            self._check(args, kwargs)
-        layer = self.folded()
-        result = _call(layer, args, kwargs)
-        nnx.update(self.layer_instance, _changed(layer, self.layer_instance))
-        return result
+        return self._call("__call__", args, kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        """Finds the attributes and methods of the module."""
+        layer = self.__dict__.get("layer_instance")
+        if layer is None:  # while a copy is made
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+        if name in vars(layer) or not callable(getattr(type(layer), name, None)):
+            return getattr(layer, name)
+
+        def method(self: WeightNorm, *args: Any, **kwargs: Any) -> Any:
+            return self._call(name, args, kwargs)
+
+        return MethodType(method, self)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Sets the attributes of the module that it has."""
+        layer = self.__dict__.get("layer_instance")
+        is_own = layer is None or name in self.__dict__ or not hasattr(layer, name)
+        super().__setattr__(name, value) if is_own else setattr(layer, name, value)
+
+    def _call(self, name: str, args: Any, kwargs: Any) -> Any:
+        layer, originals = self.folded(), dict(nnx.iter_graph(self.layer_instance))
+        pairs = [(x, originals[path]) for path, x in nnx.iter_graph(layer) if path in originals]
+        result = getattr(layer, name)(*args, **kwargs)
+        _bring_back(pairs)
+        return self if result is layer else result
 
     def folded(self) -> Any:
         """The module with plain weights w = g·v/‖v‖: a copy, which is what one serves."""
-        graph, _, rest = _split(self.layer_instance)
-        return nnx.merge(graph, fold(self.nodes()), rest, copy=True)
+        layer = nnx.clone(self.layer_instance)
+        nodes = {_slash(path): x for path, x in nnx.iter_graph(layer) if is_weight_norm(x)}
+        weights = fold(nodes)
+        _put(layer, {id(node.v): weights[path] for path, node in nodes.items()})
+        return layer
 
     def nodes(self) -> Any:
-        """The Params of the module, an `nnx.State`, with nodes in the place of its weights.
+        """The Params of the module, an `nnx.State`, with (g, v) leaves in the place of its weights.
 
         It is what `norms`, `summary` and `wnjax.pytorch.to_state_dict` take. The way back is
         `nnx.update` of a plain module with it, and `WeightNorm` of that.
         """
-        gains = dict(flatten(nnx.state(self.g, nnx.Param))[0])
-        boxes, treedef = flatten(nnx.state(self.layer_instance, nnx.Param))
-        nodes = {path: Node(unbox(gains[path]), unbox(box)) for path, box in boxes if path in gains}
-        self._check_shapes(nodes)
-        for path, (g, v) in nodes.items():
-            check_split(path, None, v, g)
-        return treedef.unflatten(
-            box_node(box, nodes[path], gain_axes(nodes[path])) if path in nodes else box
-            for path, box in boxes
+        flat = dict(nnx.to_flat_state(nnx.state(self.layer_instance, nnx.Param)))
+        for path, x in nnx.iter_graph(self.layer_instance):
+            if is_weight_norm(x) and flat.pop((*path, "g"), None):  # once, if it is shared
+                node = Node(*map(unbox, x))
+                flat[path] = box_node(flat.pop((*path, "v")), node, gain_axes(node))
+        return nnx.from_flat_state(flat)
+
+
+def _slash(path: Any) -> str:
+    return "/".join(map(str, path))
+
+
+def _check_not_inside(module: nnx.Module) -> None:
+    kinds = (WeightNorm, nnx.WeightNorm)
+    if inside := [_slash(path) for path, x in nnx.iter_graph(module) if isinstance(x, kinds)]:
+        raise ValueError(
+            "WeightNorm: the module has WeightNorms inside, and no weight may be normalized twice. "
+            f"(wnjax.convert.from_nnx takes the place of Flax's.){listing(inside)}"
         )
 
-    def _check_shapes(self, nodes: dict[str, Node]) -> None:
-        """Finds an optimizer whose state, of other shapes, has broadcast the gains."""
-        for path, fan_in in self.fan_in_axes:
-            g, v = nodes[path]
-            if any(g.shape[axis] != 1 for axis in fan_in):  # from the end: g may be stacked
-                raise ValueError(
-                    f"WeightNorm: the gain of {path} has shape {g.shape} beside v of shape "
-                    f"{v.shape}, but the fan-in axes are {fan_in}. An optimizer that was made "
-                    "before the first call has stretched it: make the optimizer after that"
-                )
 
-    def _take(self, tree: Any) -> None:
-        """Takes g and v from the nodes of a state of the module's Params."""
-        gains: dict[str, Any] = {}
-        vs, fan_in = [], []
-        boxes, treedef = flatten(tree)
-        for path, box in boxes:
-            if (node := unbox_node(box)) is None:
-                vs.append(box)
-                continue
-            outer_g, outer_v = (box.g, box.v) if isinstance(box, Node) else (box, box)
-            *modules, name = path.split("/")
-            place = gains
-            for module in modules:
-                place = place.setdefault(module, {})
-            place[name] = as_apart(rebox(outer_g, node[0]))
-            vs.append(rebox(outer_v, node.v))
-            fan_in.append((path, tuple(axis - node.v.ndim for axis in fan_in_axes(node))))
-        nnx.update(self.layer_instance, treedef.unflatten(vs))
-        self.g, self.fan_in_axes = _dicts(gains), tuple(fan_in)
-
-    def _take_given(self, params: Any) -> None:
-        """Takes the nodes that the Params hold already, and no others."""
-        nodes = {path: unbox_node(box) for path, box in flatten(params)[0]}
-        if not self.needs_check:
-            raise ValueError(
-                "WeightNorm: these Params are nodes already, which say their axes: leave axes out"
-                + listing(path for path, node in nodes.items() if node is not None)
-            )
-        if others := [path for path, node in nodes.items() if isinstance(node, LogWeightNorm)]:
-            raise ValueError(f"WeightNorm: g is learned as it is, not as log_g:{listing(others)}")
-        self._take(params)
-        self.needs_check = False
-
-    def _check(self, args: Any, kwargs: Any) -> None:
-        """Compares the gains with what tracing finds, and takes them anew if they differ."""
-        layer = self.folded()
-        params, found = _traced(layer, args, kwargs)
-        features = {
-            path: canonical_axes(path, leaf, what.feature_axes)
-            for path, leaf, what in decide(params, found)
-            if isinstance(what, Weight)
-        }
-        weights = {path: unbox(box) for path, box in flatten(params)[0]}
-        wanted = {
-            path: tuple(n if i in axes else 1 for i, n in enumerate(weights[path].shape))
-            for path, axes in features.items()
-        }
-        shapes = {path: unbox(g).shape for path, g in flatten(nnx.state(self.g, nnx.Param))[0]}
-        values = jax.tree.leaves((nnx.state(self.layer_instance), args, kwargs))
-        is_transformed = any(isinstance(value, jax.core.Tracer) for value in values)
-        if wanted != shapes and is_transformed:
-            differing = [path for path in wanted | shapes if wanted.get(path) != shapes.get(path)]
-            raise ValueError(
-                "WeightNorm: tracing finds other feature axes than Flax's naming rules for these "
-                f"Params:{listing(differing)}\nCall the module once outside of jit, grad and other "
-                "transformations, before an optimizer is made, or pass axes to WeightNorm"
-            )
-        if wanted != shapes or not features:
-            self._take(weight_norm(params, found))
-        if not is_transformed:  # in jit, a change of what is static would compile the next call
-            self.needs_check = False
+def _check_given(nodes: Mapping[str, Any], is_alone: bool) -> None:
+    """Checks Params that are (g, v) leaves already."""
+    if not is_alone:
+        raise ValueError(
+            "WeightNorm: these Params are (g, v) leaves already, which say their axes: leave axes "
+            f"out{listing(nodes)}"
+        )
+    if others := [path for path, node in nodes.items() if isinstance(node, LogWeightNorm)]:
+        raise ValueError(f"WeightNorm: g is learned as it is, not as log_g:{listing(others)}")
 
 
-def _traced(layer: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
-    """The Params of a plain module, and what tracing a call finds them to be."""
-    graph, params, rest = _split(layer)
-
-    def fn(params: Any, rest: Any, args: Any, kwargs: Any) -> Any:
-        merged = nnx.merge(graph, params, rest, copy=True)
-        result = _call(merged, args, kwargs)
-        return result, nnx.state(merged, nnx.Not(nnx.Param))
-
-    return params, infer_axes(fn)(params, rest, args, kwargs)
+def as_pair(leaf: Any) -> Node:
+    """A (g, v) leaf of two boxes, of one in a box, or of boxes; of arrays if there is no box."""
+    node = leaf if is_weight_norm(leaf) else unbox(leaf)
+    if not is_box(node.v):
+        boxed = box_node(leaf, node, gain_axes(node))
+        node = boxed if is_weight_norm(boxed) else Node(*(rebox(leaf, x) for x in node))
+    return Node(as_apart(node[0]), node.v)
 
 
-def _changed(layer: Any, before: Any) -> Any:
-    """What a call changed in the state of a module, its Params aside."""
-    state = nnx.to_flat_state(nnx.state(layer, nnx.Not(nnx.Param)))
-    old = dict(nnx.to_flat_state(nnx.state(before, nnx.Not(nnx.Param))))
-
-    def is_new(path: Any, variable: Any) -> bool:
-        return path not in old or old[path].get_value() is not variable.get_value()
-
-    return nnx.from_flat_state([(path, x) for path, x in state if is_new(path, x)])
-
-
-def _split(layer: Any) -> Any:
-    """What is static of a module, its Params, and the rest of its state."""
-    return nnx.split(layer, nnx.Param, ...)
-
-
-def _call(layer: Any, args: Any, kwargs: Any) -> Any:
-    kwargs = dict(kwargs)
-    method = kwargs.pop("method", None)
-    if callable(method):
-        return method(layer, *args, **kwargs)
-    return getattr(layer, method or "__call__")(*args, **kwargs)
+def _put(module: nnx.Module, new: Mapping[int, Any]) -> None:
+    """Sets attributes of a module, and of those in it, anew: weights, by the ids of v."""
+    left = set(new)
+    for _, part in list(nnx.iter_graph(module)):
+        for name, x in list(vars(part).items()) if isinstance(part, nnx.Pytree) else ():
+            key = id(x.v if is_weight_norm(x) else x)
+            if key in new:
+                setattr(part, name, new[key])
+                left.discard(key)
+    if left:
+        raise ValueError(
+            f"WeightNorm: {len(left)} weights are not attributes of a module. Hold them in an "
+            "nnx.List or nnx.Dict instead of a list or dict"
+        )
 
 
-def _dicts(tree: Any) -> Any:
-    return nnx.Dict({k: _dicts(x) for k, x in tree.items()}) if isinstance(tree, dict) else tree
+def _bring_back(pairs: list[tuple[Any, Any]]) -> None:
+    """Changes a module as a call has changed its copy, of both of which these are the parts.
+
+    A Param stays as it is.
+    """
+    originals = {id(copy): original for copy, original in pairs}
+    for copy, original in pairs:
+        is_state = isinstance(copy, nnx.Variable) and not isinstance(copy, nnx.Param)
+        if is_state and copy.get_value() is not original.get_value():
+            original.set_value(copy.get_value())
+        for name, x in vars(copy).items() if isinstance(copy, nnx.Pytree) else ():
+            new, is_own = originals.get(id(x), x), not name.startswith("_pytree__")
+            if is_own and not isinstance(x, nnx.Param) and vars(original).get(name) is not new:
+                setattr(original, name, new)
 
 
 class MeanOnlyBatchNorm(nnx.Module):
@@ -254,8 +258,9 @@ class MeanOnlyBatchNorm(nnx.Module):
 
     Source: Salimans & Kingma 2016, https://arxiv.org/abs/1602.07868, section 4.
 
-    Arguments are those of `flax.nnx.BatchNorm` that apply; `model.eval()` and `model.train()`
-    choose between running averages and the minibatch.
+    Arguments are those of `flax.nnx.BatchNorm`; those about the variance and the scale are refused
+    with what to write instead. `model.eval()` and `model.train()` choose between running averages
+    and the minibatch.
 
     Attributes:
       mean: the running mean, an `nnx.BatchStat` of shape (num_features,), float32.
@@ -282,13 +287,22 @@ class MeanOnlyBatchNorm(nnx.Module):
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
         use_bias: bool = True,
+        use_scale: bool = False,
         bias_init: Callable[..., Any] = jax.nn.initializers.zeros,
         axis_name: Any = None,
         axis_index_groups: Any = None,
         rngs: nnx.Rngs,
         bias_metadata: Mapping[str, Any] = MappingProxyType({}),
+        **refused: None,
     ):
-        """Takes the size of the feature axis, and the arguments of `flax.nnx.BatchNorm`."""
+        """Takes the size of the feature axis, and the arguments of `flax.nnx.BatchNorm`.
+
+        Raises:
+          TypeError: if `use_scale` is True, or if `epsilon`, `scale_init`, `scale_metadata`,
+            `use_fast_variance` or `promote_dtype` is given.
+        """
+        given = refused | {"use_scale": use_scale or None}
+        refuse("wnjax.nnx.MeanOnlyBatchNorm", given, BATCH_NORM_INSTEAD)
         self.mean = nnx.BatchStat(jnp.zeros(num_features, jnp.float32))
         self.bias: Any = nnx.data(None)
         if use_bias:
@@ -341,3 +355,92 @@ class MeanOnlyBatchNorm(nnx.Module):
         """
         if use_running_average is not None:
             self.use_running_average = use_running_average
+
+
+# The shape of a weight without stack axes, and its fan-in axes counted from the end.
+_Kernels = dict[str, tuple[tuple[int, ...], Collection[int]]]
+
+
+def _linear(layer: Any) -> _Kernels:
+    return {"kernel": ((layer.in_features, layer.out_features), (-2,))}
+
+
+def _linear_general(layer: Any) -> _Kernels:
+    shape = (*layer.in_features, *layer.out_features)
+    return {"kernel": (shape, range(-len(shape), -len(layer.out_features)))}
+
+
+def _einsum(layer: Any) -> _Kernels:
+    operands, output = layer.einsum_str.split("->")
+    labels = operands.split(",")[1].replace("...", "")
+    fan_in = [i for i in range(-len(labels), 0) if labels[i] not in output]
+    return {"kernel": (layer.kernel_shape, fan_in)}
+
+
+def _conv(layer: Any) -> _Kernels:
+    output = -2 if getattr(layer, "transpose_kernel", False) else -1
+    fan_in = [i for i in range(-len(layer.kernel_shape), 0) if i != output]
+    return {"kernel": (layer.kernel_shape if layer.mask is None else (), fan_in)}
+
+
+def _lora(layer: Any) -> _Kernels:
+    rank = layer.lora_a.shape[-1]
+    shapes = {"lora_a": (layer.in_features, rank), "lora_b": (rank, layer.out_features)}
+    return {name: (shape, (-2,)) for name, shape in shapes.items()}
+
+
+_LAYERS: dict[Any, Callable[[Any], _Kernels]] = {
+    nnx.Linear: _linear,
+    nnx.LoRALinear: _linear,
+    nnx.LinearGeneral: _linear_general,
+    nnx.Einsum: _einsum,
+    nnx.Conv: _conv,
+    nnx.ConvTranspose: _conv,
+    nnx.LoRA: _lora,
+} | dict.fromkeys(
+    (
+        nnx.Embed,
+        nnx.PReLU,
+        nnx.BatchNorm,
+        nnx.LayerNorm,
+        nnx.RMSNorm,
+        nnx.GroupNorm,
+        nnx.InstanceNorm,
+        MeanOnlyBatchNorm,
+    ),
+    lambda _: {},
+)
+
+
+def _told_by_layers(layer: nnx.Module, selected: Set[str], params: Any) -> dict[str, Decision]:
+    """What the layers of Flax in a module say of its Params.
+
+    Raises:
+      ValueError: if none says what a Param of two axes or more is, of those that are selected.
+    """
+    told: dict[int, Decision] = {}
+    for _, module in nnx.iter_modules(layer):
+        # A subclass that computes something else says nothing.
+        kind = next((k for k in type(module).__mro__ if k in _LAYERS), None)
+        if kind is None or type(module).__call__ is not kind.__call__:
+            continue
+        kernels = _LAYERS[kind](module)
+        for name, leaf in vars(module).items():
+            if name not in kernels:
+                told[id(leaf)] = NotWeight(f"{name} of {kind.__name__}")
+                continue
+            shape, fan_in = kernels[name]
+            if shape and leaf.shape[-len(shape) :] == shape:  # else it is stacked on other axes
+                features = [i for i in range(-leaf.ndim, 0) if i not in fan_in]
+                told[id(leaf)] = Weight(tuple(features))
+    flat = flatten(params)[0]
+    unknown = [path for path, x in flat if path in selected and x.ndim > 1 and id(x) not in told]
+    if unknown:
+        raise ValueError(
+            "WeightNorm: no layer of Flax tells what these Params are, or along which axes they "
+            f"are stacked:{listing(unknown)}\nPass axes. They are found from a call:\n"
+            "  graph, params, rest = nnx.split(layer, nnx.Param, ...)\n"
+            "  fn = lambda params, x: nnx.merge(graph, params, rest, copy=True)(x)\n"
+            "  layer = wnjax.nnx.WeightNorm(layer, axes=wnjax.infer_axes(fn)(params, x))"
+        )
+    return {path: told.get(id(x), NotWeight("fewer than two axes")) for path, x in flat}

@@ -136,7 +136,7 @@ def test_nnx_modules():
     optimizer = nnx.Optimizer(model, optax.adam(1e-2), wrt=nnx.Param)
     assert step(model, optimizer, x, y) >= 0
     assert nnx.state(model.folded(), nnx.Param)["last"]["kernel"][...].shape == (2, 1)
-    assert model.g["last"]["kernel"].shape == (1, 1)
+    assert model.last.kernel.g.shape == (1, 1)
     assert abs(model.folded()(x) - model(x)).max() < 1e-5
     assert wnjax.norms(model.nodes())["last/kernel"]["v"].shape == (1, 1)
 
@@ -383,7 +383,7 @@ def test_convert():
     params = wnjax.convert.from_linen(Old().init(jax.random.key(1), x)["params"])
     assert params["Dense_0"]["kernel"].g.shape == (1, 2)
     old = nnx.WeightNorm(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0))
-    assert wnjax.convert.from_nnx(old).g["kernel"].shape == (1, 4)
+    assert wnjax.convert.from_nnx(old).kernel.g.shape == (1, 4)
     linear = eqx.nn.WeightNorm(eqx.nn.Linear(3, 4, key=jax.random.key(0)))
     new = wnjax.convert.from_equinox(linear)
     assert new.weight.g.shape == (4, 1)

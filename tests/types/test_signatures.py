@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, assert_type
 import jax
 import jax.numpy as jnp
 import optax
+import pytest
 from flax import nnx
 
 import wnjax
@@ -40,6 +41,7 @@ def test_trees_keep_their_types():
     assert_type(wnjax.weight_norm(PARAMS), dict[str, Any])
 
 
+@pytest.mark.filterwarnings("ignore:wrap. no leaf of the parameters")
 def test_wrapped_functions_keep_their_parameters():
     wrapped = wnjax.wrap(fn)
     assert_type(wrapped(PARAMS, X), jax.Array)

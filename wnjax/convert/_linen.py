@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from typing import Any
 
 from flax.core import FrozenDict, freeze
@@ -27,9 +27,8 @@ def from_linen(
     A node takes the place of every v; the wrapper's scope goes. So the result fits the model in
     which `nn.WeightNorm(layer)` has become `layer` (use it with `wrap` or `fold`) or
     `wnjax.linen.WeightNorm(layer)`, if the layers keep their names: `Dense_0` for a layer made
-    in a compact call, the attribute's name for one made in `setup`. A layer that
-    is called `layer_instance`, because it was made in the call of the wrapper in `setup`, or
-    because the wrapper is the model, keeps this name in `wnjax.linen.WeightNorm` alone.
+    in a compact call, the attribute's name for one made in `setup`. What the wrapper called
+    `layer_instance`, a layer without a name of its own, takes the wrapper's place.
 
     v stays as it is, and g = s‖v‖/√(‖v‖² + ε), which is s to the last bit for ‖v‖ above 0.005 in
     float32. So w is Flax's to rounding, and so are the gradients. A v of zeros, from which
@@ -84,7 +83,7 @@ def from_linen(
         box = leaves[key]
         node, features = node_of(as_path(key), box, leaves.pop(scale), axes[key], epsilon)
         leaves[key] = box_node(box, node, features)
-    tree = unflatten_dict(leaves)
+    tree = unflatten_dict(_without_wrappers(leaves, scales))
     return freeze(tree) if isinstance(params, FrozenDict) else tree
 
 
@@ -105,6 +104,28 @@ def _linen_scales(keys: Mapping[Parts, Key]) -> dict[Key, Key]:
             )
         found[weight] = key
     return found
+
+
+def _without_wrappers(leaves: Mapping[Key, Any], scales: Mapping[Key, Key]) -> dict[Key, Any]:
+    """`leaves` without the level `layer_instance` of every wrapper that has a scale inside."""
+    levels = set()
+    for weight, scale in scales.items():
+        parts = parts_of(weight)
+        if parts == parts_of(scale)[: len(parts)] and "layer_instance" in parts:
+            levels.add(parts[: parts.index("layer_instance") + 1])
+    return {_without_level(key, levels): leaf for key, leaf in leaves.items()}
+
+
+def _without_level(key: Key, levels: Set[Parts]) -> Key:
+    """A key without the last part of the level that it is in: in any collection of variables."""
+    parts = parts_of(key)
+    for level in levels:
+        start = 1 if level[0] == "params" else 0
+        if parts[start : len(level)] == level[start:]:
+            names = iter((*parts[: len(level) - 1], None, *parts[len(level) :]))
+            split = [[next(names) for _ in str(name).split("/")] for name in key]
+            return tuple("/".join(filter(None, name)) for name in split if any(name))
+    return key
 
 
 def _weights(parts: Parts) -> Iterator[Parts]:

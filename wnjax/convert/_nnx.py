@@ -12,10 +12,10 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from wnjax._axes import FeatureAxes
-from wnjax._leaves import as_apart, box_node, listing, rebox, unbox
-from wnjax._nodes import is_weight_norm
+from wnjax._leaves import box_node, listing, unbox
 from wnjax.convert._scales import Key, as_path, features_of, gain_of, node_of, parts_of
 from wnjax.nnx import WeightNorm as NNXWeightNorm
+from wnjax.nnx import as_pair
 
 
 def from_nnx(tree: Any, feature_axes: FeatureAxes | None = -1, epsilon: float = 1e-12) -> Any:
@@ -32,7 +32,7 @@ def from_nnx(tree: Any, feature_axes: FeatureAxes | None = -1, epsilon: float = 
 
     Args:
       tree: a module; or an `nnx.State`, or the nested dicts of one, as a checkpoint gives them
-        back with or without a target: then the new layer's `g` takes the place of `scales`.
+        back with or without a target: then g and v take the place of the weight, and `scales` goes.
       feature_axes: of a state, the wrapper's: an int, a tuple of ints, or None for one norm of
         the whole weight. Modules know their own. A scale with more axes than this has been
         stacked by `nnx.vmap`, on leading axes.
@@ -52,7 +52,7 @@ def from_nnx(tree: Any, feature_axes: FeatureAxes | None = -1, epsilon: float = 
     >>> import wnjax
     >>> old = nnx.WeightNorm(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0))
     >>> new = wnjax.convert.from_nnx(old)
-    >>> type(new) is wnjax.nnx.WeightNorm, new.g["kernel"].shape
+    >>> type(new) is wnjax.nnx.WeightNorm, new.kernel.g.shape
     (True, (1, 4))
     """
     if isinstance(tree, nnx.Module):
@@ -97,10 +97,9 @@ def _nnx_layer(old: Any) -> NNXWeightNorm:
         for path, scale in scales.items()
     }
     new = NNXWeightNorm(old.layer_instance, axes=lambda path, _: features.get(path))
+    state = dict(nnx.to_flat_state(nnx.state(new.layer_instance, nnx.Param)))
     for path, scale in scales.items():
-        place = new.g
-        for part in path:
-            place = place[str(part)]
+        place = state[*path, "g"]
         g = place.get_value()
         place.set_value(gain_of(jnp.ones_like(g) if scale is None else scale, g, old.epsilon))
     return new
@@ -110,21 +109,23 @@ def _nnx_state(flat: dict[Key, Any], feature_axes: Any, epsilon: float) -> dict[
     keys = {parts_of(key): key for key in flat}
     result = dict(flat)
     for key in flat:
-        if (place := _scale_place(key)) is None:
+        if (found := _scale_place(key)) is None:
             continue
-        outer, inner = place
-        options = [(*outer, "layer_instance", *inner, *end) for end in ((), ("value",))]
-        weight = next((keys[parts_of(x)] for x in options if parts_of(x) in keys), None)
+        outer, inner = found
+        place = (*outer, "layer_instance", *inner)
+        options = [((*place, *end), end) for end in ((), ("value",))]
+        weight, end = next(
+            ((keys[parts_of(x)], end) for x, end in options if parts_of(x) in keys), (None, ())
+        )
         if weight is None:
             raise ValueError(f"{as_path(key)}: found no weight that this is the scale of")
-        box = flat[weight]
+        box = result.pop(weight)
         node, features = node_of(as_path(weight), box, result.pop(key), feature_axes, epsilon)
         if len(features) == node.v.ndim:
             raise ValueError(f"{as_path(weight)} has no fan-in axis, over which to take a norm")
-        boxed = box_node(box, node, features)
-        g, v = boxed if is_weight_norm(boxed) else (rebox(box, node.g), rebox(box, node.v))
-        result[*outer, "g", *map(str, weight[len(outer) + 1 :])] = as_apart(g)
-        result[weight] = v
+        inside = weight[: len(weight) - len(end)]
+        for name, x in as_pair(box_node(box, node, features))._asdict().items():
+            result[*inside, name, *end] = x
     if result.keys() == flat.keys():
         raise ValueError(
             "found no scale of flax.nnx.WeightNorm. use_scale=False stores none: convert the "
