@@ -159,7 +159,7 @@ def _wrap_unordered(problem: Problem) -> Training:
 
     def step(*arguments: Any) -> Any:
         # The step runs in Python only while it is traced, which is when `wrap` rewrites it.
-        with mock.patch("wnjax._wrap.in_order", lambda x, scale: [x, scale]):
+        with mock.patch("wnjax._transforms.wrap.in_order", lambda x, scale: [x, scale]):
             return training.step(*arguments)
 
     return training._replace(step=step)

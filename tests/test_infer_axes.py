@@ -18,9 +18,9 @@ from jax.extend.core import primitives
 
 import wnjax
 from tests import toys, traced_layers, traced_layers_flax, traced_layers_nested, traced_models
-from wnjax._leaves import flatten, unbox
-from wnjax._nested import CALLS
-from wnjax._walk.walker import RULES
+from wnjax._analysis.calls import CALLS
+from wnjax._analysis.jaxprs import RULES
+from wnjax._leaves.trees import flatten, unbox
 
 LAYERS = traced_layers.CASES | traced_layers_flax.CASES | traced_layers_nested.CASES
 MODELS = traced_models.MODELS

@@ -12,7 +12,7 @@ from flax import nnx
 
 import wnjax
 from tests.test_sharding import JITS, everywhere, sgd_step, spread
-from wnjax._module_arguments import BATCH_NORM_INSTEAD
+from wnjax._modules.arguments import BATCH_NORM_INSTEAD
 
 
 def data(*shape, seed=0):

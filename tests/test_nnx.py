@@ -15,7 +15,7 @@ from flax import nnx
 import wnjax
 from tests import toys
 from tests.test_sharding import DENSE, dense_layouts, normal, sgd_step, spread
-from wnjax._module_arguments import WEIGHT_NORM_INSTEAD
+from wnjax._modules.arguments import WEIGHT_NORM_INSTEAD
 from wnjax.nnx import MeanOnlyBatchNorm, WeightNorm
 
 X = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
@@ -406,7 +406,7 @@ def test_params_that_are_nodes_keep_g_and_v():
     nodes = off_start(model)
     nnx.update(model, nodes)
     layer = WeightNorm(model)
-    chex.assert_trees_all_equal(layer.nodes(), nodes)
+    chex.assert_trees_all_equal(layer.normalized(), nodes)
 
     def loss(call):
         return jnp.mean(call(x) ** 2)
@@ -416,7 +416,7 @@ def test_params_that_are_nodes_keep_g_and_v():
     updates, _ = optimizer.update(grads, optimizer.init(nodes))
     wanted = optax.apply_updates(nodes, updates)
     nnx.Optimizer(layer, optimizer, wrt=nnx.Param).update(layer, nnx.grad(loss)(layer))
-    chex.assert_trees_all_close(layer.nodes(), wanted, rtol=1e-6)
+    chex.assert_trees_all_close(layer.normalized(), wanted, rtol=1e-6)
 
 
 def test_params_that_are_nodes_say_their_axes():
@@ -450,12 +450,12 @@ def test_functions_of_nodes_refuse_the_state_of_the_module(fn):
         ValueError, match=r"take its nodes\(\)(.|\n)*gains:\n  layer_.*first/kernel/g"
     ):
         fn(nnx.state(layer, nnx.Param))
-    wnjax.labels(layer.nodes())
+    wnjax.labels(layer.normalized())
 
 
 def test_gains_are_frozen_by_a_filter():
     layer = WeightNorm(toys.TwoLayers(nnx.Rngs(0)))
-    before = wnjax.norms(layer.nodes())
+    before = wnjax.norms(layer.normalized())
     but_g = nnx.All(nnx.Param, nnx.Not(nnx.PathContains("g")))
 
     def loss(layer):
@@ -463,7 +463,7 @@ def test_gains_are_frozen_by_a_filter():
 
     optimizer = nnx.Optimizer(layer, optax.sgd(0.1), wrt=but_g)
     optimizer.update(layer, nnx.grad(loss, argnums=nnx.DiffState(0, but_g))(layer))
-    after = wnjax.norms(layer.nodes())
+    after = wnjax.norms(layer.normalized())
     for path in before:
         chex.assert_trees_all_equal(after[path]["g"], before[path]["g"])
         assert (after[path]["v"] != before[path]["v"]).any()
@@ -580,7 +580,7 @@ def test_layers_of_flax_tell_what_tracing_finds(name):
     expected = wnjax.weight_norm(plain, wnjax.infer_axes(fn)(plain, x))
     expected = {path: g.shape for path, g in norms_of(expected).items()}
     module = WeightNorm(layer)
-    assert {path: g.shape for path, g in norms_of(module.nodes()).items()} == expected
+    assert {path: g.shape for path, g in norms_of(module.normalized()).items()} == expected
     assert expected
     assert_close(nnx.jit(lambda module, x: module(x))(module, x), want, 1e-5)
 
@@ -738,7 +738,7 @@ def test_shared_modules_and_params_stay_shared():
     assert_close(module.norm.mean[...], plain.norm.mean[...])
     expected = wnjax.weight_norm(nnx.state(plain, nnx.Param))
     for m in (module, nnx.merge(*nnx.split(module))):
-        chex.assert_trees_all_equal_structs(m.nodes(), expected)
+        chex.assert_trees_all_equal_structs(m.normalized(), expected)
 
 
 def test_weights_that_are_no_attributes_are_refused():

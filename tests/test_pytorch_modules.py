@@ -210,6 +210,6 @@ def test_nnx_computes_and_trains_alike(case, api, record):
     nnx.update(model, params)
     layer = wnjax.nnx.WeightNorm(model)
     assert_close({"y": jax.jit(layer.folded())(x)}, {"y": channels_last(record["call"]["y"])})
-    chex.assert_trees_all_equal(layer.nodes(), params)
-    back = to_state_dict(layer.nodes(), **rules | {"model": layer}, style=api)
+    chex.assert_trees_all_equal(layer.normalized(), params)
+    back = to_state_dict(layer.normalized(), **rules | {"model": layer}, style=api)
     chex.assert_trees_all_equal(back, record["state"])

@@ -15,13 +15,14 @@ from jax.extend import core
 from jax.sharding import NamedSharding, PartitionSpec
 
 import wnjax
-from wnjax import _nested, _wrap
-from wnjax._walk.walker import Walk
+from wnjax._analysis import calls
+from wnjax._analysis.jaxprs import Walk
+from wnjax._transforms import wrap as wrapping
 
 
 @pytest.fixture
 def always_on_outputs(monkeypatch):
-    monkeypatch.setattr(_wrap, "scales_output", lambda *_: True)
+    monkeypatch.setattr(wrapping, "scales_output", lambda *_: True)
 
 
 def equations(jaxpr):
@@ -149,13 +150,13 @@ def test_a_program_without_its_scalings_is_the_original(name, monkeypatch):
     fn, shapes, axes = PROGRAMS[name]
     params = {key: jnp.ones(shape) for key, shape in shapes.items()}
     x, programs = jnp.ones((2, 4)), []
-    rewrite = _wrap.rewrite
+    rewrite = wrapping.rewrite
 
     def remembered(jaxpr, *args):
         programs.append((jaxpr, rewrite(jaxpr, *args)))
         return programs[-1][1]
 
-    monkeypatch.setattr(_wrap, "rewrite", remembered)
+    monkeypatch.setattr(wrapping, "rewrite", remembered)
     wnjax.wrap(fn)(wnjax.weight_norm(params, axes), x)
     ((plain, (jaxpr, takes, _)),) = programs
     assert len(takes) == sum(one is not None for one in axes.values())
@@ -241,7 +242,7 @@ def test_parameters_that_nobody_knows_are_copied():
     """JAX traces no `jit` with compiler options inside of another: here they are put in."""
     eqn = jax.make_jaxpr(jax.jit(lambda x: x + 1))(1.0).eqns[0]
     options = {"compiler_options_kvs": (("option", "value"),), "of_tomorrow": "this"}
-    params = _nested.extended_call(eqn.replace(params=eqn.params | options), 2, 1)
+    params = calls.extended_call(eqn.replace(params=eqn.params | options), 2, 1)
     assert {key: params[key] for key in options} == options
     assert len(params["in_shardings"]) == 3
     assert len(params["out_shardings"]) == 2
@@ -274,7 +275,7 @@ def call_of(transform):
 def test_all_parameters_that_count_operands_are_known(transform):
     """One that a later JAX adds would be copied, and be too short."""
     primitive = jax.make_jaxpr(transform(lambda x: x + 1))(1.0).eqns[-1].primitive
-    known = _nested.CALLS[primitive]
+    known = calls.CALLS[primitive]
     assert params_by_count(call_of(transform)) == (set(known.of_operands), set(known.of_results))
 
 

@@ -14,7 +14,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 
 import wnjax
-from wnjax import _wrap
+from wnjax._transforms import wrap as wrapping
 
 P = jax.P
 AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
@@ -255,7 +255,7 @@ def test_a_model_sends_what_the_plain_one_does_and_sums(mesh, layout, form):
 )
 def test_scales_on_outputs_send_numbers_of_neurons_alone(mesh, layout, monkeypatch):
     """The gradient of a gain, too, is then a sum over the batch, which is spread over devices."""
-    monkeypatch.setattr(_wrap, "scales_output", lambda *_: True)
+    monkeypatch.setattr(wrapping, "scales_output", lambda *_: True)
     params, x = problem(layout)
     nodes = wnjax.weight_norm(params, wnjax.infer_axes(mlp)(params, x))
     fn = gradient(wnjax.wrap(mlp), nodes)

@@ -17,7 +17,8 @@ from jax.interpreters import ad, mlir
 import wnjax
 from tests import toys, traced_layers, traced_layers_flax, traced_layers_nested, traced_models
 from tests.accelerators import also_on_accelerators
-from wnjax import _wrap, _xla
+from wnjax._rewriting import xla
+from wnjax._transforms import wrap as wrapping
 
 LAYERS = traced_layers.CASES | traced_layers_flax.CASES | traced_layers_nested.CASES
 LOW_PRECISION = {"bfloat16_compute", "dense_bfloat16"}
@@ -69,13 +70,13 @@ def check(fn, params, args, tolerance):
 @pytest.fixture
 def always_on_outputs(monkeypatch):
     """Scales ride wherever they can, also where that costs more."""
-    monkeypatch.setattr(_wrap, "scales_output", lambda *_: True)
+    monkeypatch.setattr(wrapping, "scales_output", lambda *_: True)
 
 
 @pytest.fixture(params=[1, 8])
 def devices(request, monkeypatch):
     """On a single device, XLA is told an order of derivatives."""
-    monkeypatch.setattr(_xla, "_is_on_one_device", lambda _: request.param == 1)
+    monkeypatch.setattr(xla, "_is_on_one_device", lambda _: request.param == 1)
 
 
 @pytest.mark.usefixtures("always_on_outputs")
@@ -289,7 +290,7 @@ OPEN = {
 def test_sizes_that_are_left_open(name, rides, monkeypatch):
     """As in an export for any batch: axes, values and derivatives are those of numbers."""
     if rides:
-        monkeypatch.setattr(_wrap, "scales_output", lambda *_: True)
+        monkeypatch.setattr(wrapping, "scales_output", lambda *_: True)
     fn, shapes, sizes, inputs = OPEN[name]
     rng = np.random.default_rng(0)
     params = {key: jnp.asarray(rng.normal(size=shape)) for key, shape in shapes.items()}
@@ -315,14 +316,14 @@ def test_sizes_that_are_left_open(name, rides, monkeypatch):
 
 def test_open_sizes_count_as_large():
     batch, few = export.symbolic_shape("batch, few", constraints=["few <= 4"])
-    assert not _wrap.scales_output(1000, batch)
-    assert not _wrap.scales_output(1000, batch * few)
-    assert _wrap.scales_output(1000, few * 3)
+    assert not wrapping.scales_output(1000, batch)
+    assert not wrapping.scales_output(1000, batch * few)
+    assert wrapping.scales_output(1000, few * 3)
 
 
 def test_sizes_decide():
-    assert _wrap.scales_output(100, 100)
-    assert not _wrap.scales_output(100, 101)
+    assert wrapping.scales_output(100, 100)
+    assert not wrapping.scales_output(100, 101)
 
 
 made_up = core.Primitive("made_up")  # 2x, but nobody knows

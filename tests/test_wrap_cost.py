@@ -11,7 +11,7 @@ import pytest
 import wnjax
 from experiments.networks.classifiers import MLP
 from experiments.networks.transformer import Transformer
-from wnjax import _xla
+from wnjax._rewriting import xla
 
 
 def compiled_step(fn, params, inputs, labels):
@@ -63,7 +63,7 @@ def test_cost(network, batch, monkeypatch):
     plain = compiled_step(fn, params, inputs, labels)
     folded = compiled_step(lambda t, x: fn(wnjax.fold(t), x), tree, inputs, labels)
     single = compiled_step(wnjax.wrap(fn), tree, inputs, labels)
-    monkeypatch.setattr(_xla, "_is_on_one_device", lambda _: False)
+    monkeypatch.setattr(xla, "_is_on_one_device", lambda _: False)
     several = compiled_step(wnjax.wrap(fn), tree, inputs, labels)
     bytes_, memory = (one / base for one, base in zip(single, plain, strict=True))
     assert bytes_ <= COSTS[network, batch][0]

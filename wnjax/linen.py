@@ -13,11 +13,11 @@ import jax.numpy as jnp
 from flax.core import lift
 from flax.linen import transforms
 
-from wnjax._axes import Axes, FeatureAxes, Weight
-from wnjax._infer_axes import infer_axes
-from wnjax._leaves import flatten, is_normalized, listing, unbox_node
-from wnjax._mean_only import batch_mean, canonical, centered, running
-from wnjax._module_arguments import (
+from wnjax._analysis.plain_weights import takes_plain_weights
+from wnjax._axes.decisions import Axes, FeatureAxes, Weight
+from wnjax._leaves.gv import norm_dtype
+from wnjax._leaves.trees import flatten, is_normalized, listing, unbox_node
+from wnjax._modules.arguments import (
     BATCH_NORM_INSTEAD,
     WEIGHT_NORM_INSTEAD,
     check_module,
@@ -25,10 +25,10 @@ from wnjax._module_arguments import (
     decisions_of,
     refuse,
 )
-from wnjax._nodes import norm_dtype
-from wnjax._plain_weights import takes_plain_weights
-from wnjax._weight_norm import fold, weight_norm
-from wnjax._wrap import wrap
+from wnjax._modules.mean_only import batch_mean, canonical, centered, running
+from wnjax._transforms.infer_axes import infer_axes
+from wnjax._transforms.weight_norm import fold, weight_norm
+from wnjax._transforms.wrap import wrap
 
 
 class WeightNorm(nn.Module):

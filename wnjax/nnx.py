@@ -11,10 +11,20 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from wnjax._axes import Axes, Decision, FeatureAxes, NotWeight, Weight
-from wnjax._leaves import as_apart, box_node, flatten, is_box, listing, rebox, unbox, unbox_node
-from wnjax._mean_only import batch_mean, canonical, centered, running
-from wnjax._module_arguments import (
+from wnjax._axes.decisions import Axes, Decision, FeatureAxes, NotWeight, Weight
+from wnjax._leaves.gv import LogWeightNorm, gain_axes, is_weight_norm
+from wnjax._leaves.gv import WeightNorm as Node
+from wnjax._leaves.trees import (
+    as_apart,
+    box_node,
+    flatten,
+    is_box,
+    listing,
+    rebox,
+    unbox,
+    unbox_node,
+)
+from wnjax._modules.arguments import (
     BATCH_NORM_INSTEAD,
     WEIGHT_NORM_INSTEAD,
     check_module,
@@ -22,9 +32,8 @@ from wnjax._module_arguments import (
     decisions_of,
     refuse,
 )
-from wnjax._nodes import LogWeightNorm, gain_axes, is_weight_norm
-from wnjax._nodes import WeightNorm as Node
-from wnjax._weight_norm import fold, weight_norm
+from wnjax._modules.mean_only import batch_mean, canonical, centered, running
+from wnjax._transforms.weight_norm import fold, weight_norm
 
 
 class WeightNorm(nnx.Module):
@@ -169,7 +178,7 @@ class WeightNorm(nnx.Module):
         _put(layer, {id(node.v): weights[path] for path, node in nodes.items()})
         return layer
 
-    def nodes(self) -> Any:
+    def normalized(self) -> Any:
         """The Params of the module, an `nnx.State`, with (g, v) leaves in the place of its weights.
 
         It is what `norms`, `summary` and `wnjax.pytorch.to_state_dict` take. The way back is

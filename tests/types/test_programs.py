@@ -138,7 +138,7 @@ def test_nnx_modules():
     assert nnx.state(model.folded(), nnx.Param)["last"]["kernel"][...].shape == (2, 1)
     assert model.last.kernel.g.shape == (1, 1)
     assert abs(model.folded()(x) - model(x)).max() < 1e-5
-    assert wnjax.norms(model.nodes())["last/kernel"]["v"].shape == (1, 1)
+    assert wnjax.norms(model.normalized())["last/kernel"]["v"].shape == (1, 1)
 
 
 def test_nnx_split_and_merge():

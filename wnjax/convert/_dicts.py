@@ -7,7 +7,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from wnjax._nodes import LogWeightNorm, WeightNorm
+from wnjax._leaves.gv import LogWeightNorm, WeightNorm
 from wnjax.convert._replace import checked, is_array, replaced
 
 

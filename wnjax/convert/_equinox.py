@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from wnjax._nodes import WeightNorm
+from wnjax._leaves.gv import WeightNorm
 from wnjax.convert._replace import checked, replaced
 
 

@@ -8,8 +8,8 @@ from typing import Any
 from flax.core import FrozenDict, freeze
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from wnjax._axes import FeatureAxes, first_patterns
-from wnjax._leaves import box_node, listing
+from wnjax._axes.decisions import FeatureAxes, first_patterns
+from wnjax._leaves.trees import box_node, listing
 from wnjax.convert._scales import Key, Parts, as_path, node_of, parts_of
 
 

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from wnjax._axes import FeatureAxes
-from wnjax._leaves import box_node, listing, unbox
+from wnjax._axes.decisions import FeatureAxes
+from wnjax._leaves.trees import box_node, listing, unbox
 from wnjax.convert._scales import Key, as_path, features_of, gain_of, node_of, parts_of
 from wnjax.nnx import WeightNorm as NNXWeightNorm
 from wnjax.nnx import as_pair

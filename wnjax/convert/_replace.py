@@ -6,8 +6,8 @@ from typing import Any
 
 import jax
 
-from wnjax._leaves import listing
-from wnjax._nodes import fan_in_axes
+from wnjax._leaves.gv import fan_in_axes
+from wnjax._leaves.trees import listing
 
 
 def replaced(tree: Any, is_one: Any, converted: Any, what: str) -> Any:

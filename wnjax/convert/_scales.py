@@ -7,9 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from wnjax._leaves import unbox
-from wnjax._nodes import WeightNorm
-from wnjax._weight_norm import check_floating, split
+from wnjax._leaves.gv import WeightNorm
+from wnjax._leaves.trees import unbox
+from wnjax._transforms.weight_norm import check_floating, split
 
 Key = tuple[Any, ...]  # of a leaf in nested dicts
 Parts = tuple[str, ...]  # of a slash path

@@ -12,8 +12,9 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding
 
-from wnjax._axes import first_patterns
-from wnjax._leaves import (
+from wnjax._axes.decisions import first_patterns
+from wnjax._leaves.gv import WeightNorm, norm_dtype
+from wnjax._leaves.trees import (
     box_node,
     check_not_apart,
     flatten,
@@ -24,7 +25,6 @@ from wnjax._leaves import (
     unbox,
     unbox_node,
 )
-from wnjax._nodes import WeightNorm, norm_dtype
 from wnjax.pytorch._entries import Entry, Misfit, Missing, StateDict, Untold
 from wnjax.pytorch._layouts import TELL, UNTOLD, Chosen, Layout, Layouts, fitting, layouts_of
 from wnjax.pytorch._modules import layouts_of_modules

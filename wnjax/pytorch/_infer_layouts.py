@@ -6,11 +6,11 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from wnjax._analysis import Analyzer
-from wnjax._calls import params_of_call
-from wnjax._walk.layout import Atom, Axis
-from wnjax._walk.tracks import Info, Track, Use
-from wnjax._walk.walker import Walk
+from wnjax._analysis.functions import Analyzer
+from wnjax._analysis.jaxprs import Walk
+from wnjax._analysis.layout import Atom, Axis
+from wnjax._analysis.views import Info, Track, Use
+from wnjax._transforms.arguments import params_of_call
 from wnjax.pytorch._layouts import Layout, name_of
 from wnjax.pytorch._names import without_collections
 

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from wnjax._axes import first_patterns
-from wnjax._leaves import listing
+from wnjax._axes.decisions import first_patterns
+from wnjax._leaves.trees import listing
 
 
 @dataclasses.dataclass(frozen=True)

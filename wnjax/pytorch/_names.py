@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
-from wnjax._axes import first_patterns
+from wnjax._axes.decisions import first_patterns
 
 # The last part of a name, where the two differ.
 PARAMETERS = {

@@ -10,8 +10,8 @@ import jax
 import numpy as np
 from flax import nnx
 
-from wnjax._leaves import check_not_apart, flatten, listing, unbox, unbox_node
-from wnjax._nodes import gain
+from wnjax._leaves.gv import gain
+from wnjax._leaves.trees import check_not_apart, flatten, listing, unbox, unbox_node
 from wnjax.pytorch._entries import STYLES, check_prefix, is_numeric, opened
 from wnjax.pytorch._layouts import TELL, UNTOLD, Layout, Layouts, layouts_of
 from wnjax.pytorch._modules import layouts_of_modules

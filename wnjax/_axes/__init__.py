@@ -1,0 +1,1 @@
+"""Which leaves are weights, and over which axes their norms run."""

@@ -1,0 +1,1 @@
+"""(g, v) leaves, and trees that hold them."""

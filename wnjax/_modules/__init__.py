@@ -1,0 +1,1 @@
+"""What the modules of Linen and of NNX have in common."""

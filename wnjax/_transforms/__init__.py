@@ -1,0 +1,1 @@
+"""Transformations of parameters, and of functions of them."""
