@@ -258,7 +258,7 @@ IMPLEMENTATIONS = {
     "wnjax-optimizer": Implementation(
         "Adam in wnjax.weight_normalized, for the plain network and plain parameters", _optimizer
     ),
-    "naive": Implementation("wnjax's nodes, with g * v / norm(v) from left to right", _naive),
+    "naive": Implementation("wnjax's g and v, with g * v / norm(v) from left to right", _naive),
     "linen": Implementation(
         "flax.linen.WeightNorm around every layer; norms become 1, heads share a norm",
         partial(_linen, normalize=nn.WeightNorm),

@@ -27,7 +27,7 @@ class State(NamedTuple):
     order: jax.Array  # data of the key of the order of examples
     noise: jax.Array  # data of the key of all that is drawn in training
     length: jax.Array  # () int32: steps of the whole run
-    params: Any  # with nodes where weight norm is on and not in the optimizer
+    params: Any  # with (g, v) leaves where weight norm is on and not in the optimizer
     scale: Any  # constant factors of the weights, like the parameters; None without
     statistics: Any  # of batch norm; empty without
     optimizer: optax.OptState
@@ -108,7 +108,7 @@ class Trainer:
     def measure(
         self, params: Any, statistics: Any, batch: Batch, key: jax.Array, *, train: bool
     ) -> tuple[Measures, Any]:
-        """The measures of every example, and the new statistics; params may hold nodes."""
+        """The measures of every example, and the new statistics; params may hold (g, v) leaves."""
         forward = wnjax.wrap(self.forward) if self.has_nodes else self.forward
         outputs, statistics = forward(params, statistics, batch, key, train=train)
         return self.config.task.measures(outputs, batch), statistics

@@ -21,7 +21,7 @@ PARAMS = {"dense": {"kernel": jnp.ones((3, 4)), "bias": jnp.ones(4)}, "ids": jnp
 def gain_shapes(params, axes):
     """From the path of every normalized leaf to the shape of its g."""
     normalized = wnjax.norms(wnjax.weight_norm(params, axes))
-    return {path: node["g"].shape for path, node in normalized.items()}
+    return {path: gv["g"].shape for path, gv in normalized.items()}
 
 
 @pytest.mark.parametrize(

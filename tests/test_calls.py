@@ -7,7 +7,7 @@ import pytest
 
 import wnjax
 
-NODES = {"kernel": wnjax.WeightNorm(jnp.full((1, 4), 2.0), jnp.ones((3, 4)))}
+GV_LEAVES = {"kernel": wnjax.WeightNorm(jnp.full((1, 4), 2.0), jnp.ones((3, 4)))}
 X = jax.random.normal(jax.random.key(0), (100, 3))
 
 
@@ -18,8 +18,8 @@ def fn(p, x, *, params=1.0, fn=0.0):
 @pytest.mark.parametrize("transform", [wnjax.infer_axes, wnjax.wrap, wnjax.data_init])
 def test_any_argument_may_be_passed_by_its_name(transform):
     transformed, options = transform(fn), {"params": 2.0, "fn": 1.0}
-    expected = transform(lambda p, x: 2.0 * (x @ p["kernel"]) + 1.0)(NODES, X)
-    for found in (transformed(p=NODES, x=X, **options), transformed(NODES, X, **options)):
+    expected = transform(lambda p, x: 2.0 * (x @ p["kernel"]) + 1.0)(GV_LEAVES, X)
+    for found in (transformed(p=GV_LEAVES, x=X, **options), transformed(GV_LEAVES, X, **options)):
         if transform is wnjax.infer_axes:
             assert found == expected
         else:

@@ -1,4 +1,4 @@
-"""Trees of nodes through every kind of file: with a target, without one, without the library."""
+"""Trees of (g, v) leaves through every kind of file: with and without a target, and the library."""
 
 import copy
 import pickle
@@ -32,8 +32,8 @@ pytestmark = [
 ]
 
 
-def nodes(dtype=jnp.float32, **arguments):
-    """Nodes that are not where `weight_norm` starts."""
+def normalized_params(dtype=jnp.float32, **arguments):
+    """(g, v) leaves that are not where `weight_norm` starts."""
     tree = wnjax.weight_norm(toys.mlp_params(dtype), **arguments)
     change = {"g": lambda g: g - 0.5, "v": lambda v: 3 * v, "other": lambda x: x + 1}
     return jax.tree.map(lambda label, x: change[label](x), wnjax.labels(tree), tree)
@@ -45,8 +45,8 @@ def kernels(params):
 
 
 def adam_state():
-    """Adam's state on nodes, after a step."""
-    return stepped_state(optax.adam(1e-2), nodes())
+    """Adam's state on (g, v) leaves, after a step."""
+    return stepped_state(optax.adam(1e-2), normalized_params())
 
 
 def optimizer_form_state():
@@ -60,9 +60,9 @@ def stepped_state(optimizer, params):
 
 
 TREES = {
-    "nodes": nodes,
-    "log": partial(nodes, log_scale=True),
-    "bfloat16": partial(nodes, jnp.bfloat16),
+    "normalized": normalized_params,
+    "log": partial(normalized_params, log_scale=True),
+    "bfloat16": partial(normalized_params, jnp.bfloat16),
     "some": lambda: kernels(toys.mlp_params()),
     "frozen_dict": lambda: wnjax.weight_norm(toys.TREES["frozen_dict"]()),
     "nnx_state": lambda: wnjax.weight_norm(toys.nnx_state()),
@@ -107,7 +107,7 @@ def test_orbax_with_a_target(orbax, tree, tmp_path):
     assert_same(orbax(tmp_path, tree, shapes(tree)), tree)
 
 
-@pytest.mark.parametrize("tree", ["nodes", "log", "bfloat16", "some"])
+@pytest.mark.parametrize("tree", ["normalized", "log", "bfloat16", "some"])
 @every_orbax
 def test_orbax_without_a_target(orbax, tree, tmp_path):
     tree = TREES[tree]()
@@ -128,8 +128,8 @@ def test_boxes_without_a_target(orbax, tmp_path):
 def test_nnx_variables_without_a_target(orbax, tmp_path):
     tree = TREES["nnx_state"]()
     restored = from_dicts(orbax(tmp_path, tree, None))
-    node = restored["first"]["kernel"]["value"]
-    assert_same(node, tree["first"]["kernel"].get_value())
+    gv = restored["first"]["kernel"]["value"]
+    assert_same(gv, tree["first"]["kernel"].get_value())
 
 
 @every_orbax
@@ -190,7 +190,7 @@ def test_flax_serialization_with_a_target(tree):
     assert_same(serialization.from_state_dict(zeros(tree), serialization.to_state_dict(tree)), tree)
 
 
-@pytest.mark.parametrize("tree", ["nodes", "log", "bfloat16", "some"])
+@pytest.mark.parametrize("tree", ["normalized", "log", "bfloat16", "some"])
 def test_flax_serialization_without_a_target(tree):
     tree = TREES[tree]()
     assert_same(from_dicts(serialization.to_state_dict(tree)), tree)
@@ -200,7 +200,7 @@ def test_flax_serialization_without_a_target(tree):
 
 
 def test_nnx_state_as_a_pure_dict():
-    """With nodes in its Params, which `nnx.to_pure_dict` takes as they are."""
+    """With (g, v) leaves in its Params, which `nnx.to_pure_dict` takes as they are."""
     state = TREES["nnx_state"]()
     pure = nnx.to_pure_dict(state)
     restored = from_dicts(serialization.msgpack_restore(serialization.to_bytes(pure)))
@@ -233,7 +233,7 @@ SAFETENSORS = {
 
 
 @pytest.mark.parametrize("api", SAFETENSORS)
-@pytest.mark.parametrize("tree", ["nodes", "log", "bfloat16", "frozen_dict"])
+@pytest.mark.parametrize("tree", ["normalized", "log", "bfloat16", "frozen_dict"])
 def test_safetensors(tree, api, tmp_path):
     save, load = SAFETENSORS[api]
     tree = TREES[tree]()
@@ -262,7 +262,7 @@ def test_training_goes_on_from_a_checkpoint(tmp_path):
     step = toys.make_step(
         optimizer, lambda p: jnp.sum(wnjax.wrap(toys.mlp)(p, jnp.ones((2, 3))) ** 2)
     )
-    params = nodes()
+    params = normalized_params()
     state = step(params, optimizer.init(params))
     expected = step(*state)
     restored = orbax_v1(tmp_path, list(state), shapes(list(state)))
@@ -293,8 +293,8 @@ def restored(path):
     from flax.traverse_util import unflatten_dict
     return unflatten_dict(load_file(path), sep="/")
 
-node = restored({path!r})["first"]["kernel"]
-g, v = np.asarray(node["g"], np.float64), np.asarray(node["v"], np.float64)
+(g, v) leaf = restored({path!r})["first"]["kernel"]
+g, v = np.asarray((g, v) leaf["g"], np.float64), np.asarray((g, v) leaf["v"], np.float64)
 fan_in = tuple(axis for axis, size in enumerate(g.shape) if size == 1)
 np.save({out!r}, g * v / np.sqrt((v * v).sum(fan_in, keepdims=True)))
 """
@@ -303,7 +303,7 @@ np.save({out!r}, g * v / np.sqrt((v * v).sum(fan_in, keepdims=True)))
 @pytest.mark.parametrize("kind", ["orbax", "msgpack", "safetensors"])
 def test_without_the_library(kind, tmp_path):
     """Any reader gets g and v by name, and w = g·v/‖v‖ from them."""
-    tree, path, out = nodes(), tmp_path / "tree", tmp_path / "w.npy"
+    tree, path, out = normalized_params(), tmp_path / "tree", tmp_path / "w.npy"
     if kind == "orbax":
         orbax_v0(tmp_path, tree, None)
     elif kind == "msgpack":
@@ -321,7 +321,7 @@ def test_without_the_library(kind, tmp_path):
 def test_pickles_need_the_library(tmp_path):
     """Unlike the other files: a pickle names the class."""
     path = tmp_path / "tree.pickle"
-    path.write_bytes(pickle.dumps(jax.device_get(nodes())))
+    path.write_bytes(pickle.dumps(jax.device_get(normalized_params())))
     code = f"""
 import pickle, sys
 sys.modules["wnjax"] = None

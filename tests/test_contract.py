@@ -34,7 +34,7 @@ def log_weight_norm(params):
 
 
 def off_start(normalize):
-    """Nodes with half the gain and three times the v that normalizing gives."""
+    """(g, v) leaves with half the gain and three times the v that normalizing gives."""
 
     def prepare(params):
         tree = normalize(params)

@@ -116,7 +116,7 @@ def test_paramax_step_is_that_of_another_parameter_of_the_length():
     close(change, expected.scale.args[0] - before)
 
 
-def test_paramax_wrappers_around_a_node_stay():
+def test_paramax_wrappers_around_a_gv_leaf_stay():
     weight = paramax.WeightNormalization(X)
     old = {"frozen": paramax.NonTrainable(weight), "exp": paramax.Parameterize(jnp.exp, weight)}
     new = from_paramax(old)
@@ -142,39 +142,39 @@ def test_paramax_errors():
         from_paramax({"a": X})
 
 
-def node_dict(g=(1, 3), v=(5, 3), gain="g", dtype=np.float32):
+def gv_dict(g=(1, 3), v=(5, 3), gain="g", dtype=np.float32):
     return {gain: np.ones(g, np.float32), "v": np.ones(v, dtype)}
 
 
-def test_dicts_become_nodes():
-    tree = {"a": [node_dict(), {"bias": X}], "b": freeze(node_dict(gain="log_g"))}
-    nodes = from_dicts(tree)
-    assert isinstance(nodes["a"][0], wnjax.WeightNorm)
-    assert isinstance(nodes["b"], wnjax.LogWeightNorm)
-    assert nodes["a"][0].v is tree["a"][0]["v"]
-    assert nodes["a"][1]["bias"] is X
+def test_dicts_become_gv_leaves():
+    tree = {"a": [gv_dict(), {"bias": X}], "b": freeze(gv_dict(gain="log_g"))}
+    normalized_params = from_dicts(tree)
+    assert isinstance(normalized_params["a"][0], wnjax.WeightNorm)
+    assert isinstance(normalized_params["b"], wnjax.LogWeightNorm)
+    assert normalized_params["a"][0].v is tree["a"][0]["v"]
+    assert normalized_params["a"][1]["bias"] is X
 
 
 def test_modules_that_are_called_g_and_v_stay():
-    modules = {"g": {"kernel": node_dict()}, "v": {"kernel": node_dict()}}
-    nodes = from_dicts(modules)
-    assert set(nodes) == {"g", "v"}
-    assert isinstance(nodes["v"]["kernel"], wnjax.WeightNorm)
+    modules = {"g": {"kernel": gv_dict()}, "v": {"kernel": gv_dict()}}
+    normalized_params = from_dicts(modules)
+    assert set(normalized_params) == {"g", "v"}
+    assert isinstance(normalized_params["v"]["kernel"], wnjax.WeightNorm)
 
 
 @pytest.mark.parametrize(
     ("tree", "message"),
     [
-        ({"a": X}, "found no dict of a node .*\n  a"),
-        ({"m": node_dict(g=(3,))}, r"m: g of shape \(3,\) does not fit v"),
-        ({"m": node_dict(g=(1, 4))}, r"m: g of shape \(1, 4\) does not fit v"),
-        ({"m": node_dict((3,), (3,))}, "m has the keys of a WeightNorm, but g has no axis"),
-        ({"m": node_dict((), (), "log_g")}, "m has the keys of a LogWeightNorm, but log_g has no"),
-        ({"m": node_dict(dtype=np.int32)}, "m has the keys of a WeightNorm, .* int32"),
-        ({"m": node_dict() | {"v": {"kernel": X}}}, "m: v should be an array, but is a dict"),
-        ({"m": node_dict() | {"v": None}}, "m: v should be an array, but is a NoneType"),
+        ({"a": X}, r"found no dict of a \(g, v\) leaf .*\n  a"),
+        ({"m": gv_dict(g=(3,))}, r"m: g of shape \(3,\) does not fit v"),
+        ({"m": gv_dict(g=(1, 4))}, r"m: g of shape \(1, 4\) does not fit v"),
+        ({"m": gv_dict((3,), (3,))}, "m has the keys of a WeightNorm, but g has no axis"),
+        ({"m": gv_dict((), (), "log_g")}, "m has the keys of a LogWeightNorm, but log_g has no"),
+        ({"m": gv_dict(dtype=np.int32)}, "m has the keys of a WeightNorm, .* int32"),
+        ({"m": gv_dict() | {"v": {"kernel": X}}}, "m: v should be an array, but is a dict"),
+        ({"m": gv_dict() | {"v": None}}, "m: v should be an array, but is a NoneType"),
     ],
 )
-def test_what_only_looks_like_a_node_is_refused(tree, message):
+def test_what_only_looks_like_a_gv_leaf_is_refused(tree, message):
     with pytest.raises(ValueError, match=message.replace("\n", "\\n")):
         from_dicts(tree)

@@ -162,15 +162,15 @@ def loss_of(fn):
 @every_linen
 def test_linen_computes_the_same_and_trains_alike(name):
     old, new, params, convert, shapes = linen(name)
-    nodes = convert(params)
-    norms = {path: value["g"].shape for path, value in wnjax.norms(nodes).items()}
+    normalized_params = convert(params)
+    norms = {path: value["g"].shape for path, value in wnjax.norms(normalized_params).items()}
     assert norms == shapes
-    close(applied(new)(nodes, X), applied(old)(params, X))
+    close(applied(new)(normalized_params, X), applied(old)(params, X))
 
     stepped = train(optax.sgd(RATE), loss_of(applied(old)), params, 1)
     expected = convert(stepped)
-    actual = train(optax.sgd(RATE), loss_of(applied(new)), nodes, 1)
-    assert float(loss_of(applied(new))(actual)) != float(loss_of(applied(new))(nodes))
+    actual = train(optax.sgd(RATE), loss_of(applied(new)), normalized_params, 1)
+    assert float(loss_of(applied(new))(actual)) != float(loss_of(applied(new))(normalized_params))
     chex.assert_trees_all_close(actual, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -185,7 +185,7 @@ def test_linen_keeps_v_and_takes_g_as_they_are(name):
 
 
 @every_linen
-def test_linen_nodes_serve_the_model_without_the_wrapper(name):
+def test_linen_gv_leaves_serve_the_model_without_the_wrapper(name):
     old, _, params, convert, _ = linen(name)
     plain = LINEN[name][0](lambda layer: layer)
     close(applied(plain)(wnjax.fold(convert(params)), X), applied(old)(params, X))
@@ -239,9 +239,9 @@ def test_linen_takes_the_place_of_the_wrapper_in_all_collections():
 
 def test_linen_takes_boxes_that_a_file_made_dicts_of():
     _, _, params, convert, _ = linen("boxed")
-    node = convert(serialization.to_state_dict(params))["layer"]["kernel"]["value"]
+    gv = convert(serialization.to_state_dict(params))["layer"]["kernel"]["value"]
     expected = nn.unbox(convert(params))["layer"]["kernel"]
-    chex.assert_trees_all_equal(node, expected)
+    chex.assert_trees_all_equal(gv, expected)
 
 
 def test_linen_boxes_keep_the_names_of_their_axes():
@@ -262,9 +262,9 @@ def test_linen_wrappers_may_differ():
 
     old = Two((nn.WeightNorm, partial(nn.WeightNorm, feature_axes=0)))
     params = shaken(old.init(KEY, X)["params"])
-    nodes = from_linen(params, {"Dense_1/.*": 0})
+    normalized_params = from_linen(params, {"Dense_1/.*": 0})
     new = Two((wnjax.linen.WeightNorm,) * 2)
-    close(applied(new)(nodes, X), applied(old)(params, X))
+    close(applied(new)(normalized_params, X), applied(old)(params, X))
     with pytest.raises(ValueError, match="feature_axes: the pattern 'Dense_2' matches no leaf"):
         from_linen(params, {"Dense_2": 0})
 
@@ -276,18 +276,18 @@ def test_linen_epsilon(size):
     params["layer"]["kernel"] *= size
     close(applied(new)(convert(params), X), applied(old)(params, X))
     large = Compact(partial(flax_wrapper, epsilon=0.1))
-    nodes = convert(params, epsilon=0.1)
-    close(applied(new)(nodes, X), applied(large)(params, X))
+    normalized_params = convert(params, epsilon=0.1)
+    close(applied(new)(normalized_params, X), applied(large)(params, X))
 
 
 def test_linen_neurons_of_zeros_compute_the_same_and_train():
     old, new, params, convert, _ = linen("compact")
     kernel = params["layer"]["kernel"]
     params["layer"]["kernel"] = kernel.at[:, 1].set(0)
-    nodes = convert(params)
-    close(applied(new)(nodes, X), applied(old)(params, X))
-    grads = jax.grad(loss_of(applied(new)))(nodes)
-    assert float(nodes["layer"]["kernel"].g[0, 1]) == 0
+    normalized_params = convert(params)
+    close(applied(new)(normalized_params, X), applied(old)(params, X))
+    grads = jax.grad(loss_of(applied(new)))(normalized_params)
+    assert float(normalized_params["layer"]["kernel"].g[0, 1]) == 0
     assert float(abs(grads["layer"]["kernel"].g[0, 1])) > 0
 
 
@@ -297,20 +297,22 @@ def test_linen_without_scale_by_hand():
     params = shaken(old.init(KEY, X)["params"])
     with pytest.raises(ValueError, match="use_scale=False stores none"):
         from_linen(params)
-    nodes = wnjax.weight_norm(params, {"layer/kernel": -1})
-    labels = wnjax.labels(nodes)
-    nodes = jax.tree.map(lambda label, x: jnp.ones_like(x) if label == "g" else x, labels, nodes)
-    close(applied(Compact(wnjax.linen.WeightNorm))(nodes, X), applied(old)(params, X))
+    normalized_params = wnjax.weight_norm(params, {"layer/kernel": -1})
+    labels = wnjax.labels(normalized_params)
+    normalized_params = jax.tree.map(
+        lambda label, x: jnp.ones_like(x) if label == "g" else x, labels, normalized_params
+    )
+    close(applied(Compact(wnjax.linen.WeightNorm))(normalized_params, X), applied(old)(params, X))
 
 
 def test_linen_bfloat16():
     _, _, params, convert, _ = linen("compact", jnp.bfloat16)
-    node = convert(params)["layer"]["kernel"]
+    gv = convert(params)["layer"]["kernel"]
     v = params["layer"]["kernel"].astype(jnp.float32)
     scale = params["WeightNorm_0"]["layer/kernel/scale"].astype(jnp.float32)
     w = np.asarray(v) / np.linalg.norm(v, axis=0) * np.asarray(scale)
-    assert (node.g.dtype, node.v.dtype) == (jnp.float32, jnp.bfloat16)
-    np.testing.assert_allclose(wnjax.fold(node).astype(jnp.float32), w, rtol=2**-8)
+    assert (gv.g.dtype, gv.v.dtype) == (jnp.float32, jnp.bfloat16)
+    np.testing.assert_allclose(wnjax.fold(gv).astype(jnp.float32), w, rtol=2**-8)
 
 
 def test_linen_of_shapes():

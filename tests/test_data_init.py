@@ -59,8 +59,8 @@ def assert_standardized(y, neurons=1, has_bias=True):
 
 
 @pytest.mark.parametrize("use_bias", [True, False])
-@pytest.mark.parametrize("as_nodes", [False, True])
-def test_every_pre_activation_of_a_convolutional_network(use_bias, as_nodes):
+@pytest.mark.parametrize("as_gv_leaves", [False, True])
+def test_every_pre_activation_of_a_convolutional_network(use_bias, as_gv_leaves):
     class Network(nn.Module):
         @nn.compact
         def __call__(self, x, train):
@@ -74,7 +74,7 @@ def test_every_pre_activation_of_a_convolutional_network(use_bias, as_nodes):
     model, x = Network(), 3 + normal(128, 8, 8, 3)
     params = model.init(jax.random.key(0), x, False)["params"]
     fn = apply(model, train=False)
-    tree = wnjax.weight_norm(params, wnjax.infer_axes(fn)(params, x)) if as_nodes else params
+    tree = wnjax.weight_norm(params, wnjax.infer_axes(fn)(params, x)) if as_gv_leaves else params
     found, report = wnjax.data_init(fn, report=True)(tree, x)
     chex.assert_trees_all_equal_shapes_and_dtypes(found, tree)
     for y in pre_activations(model, wnjax.fold(found), x, train=False).values():
@@ -248,8 +248,8 @@ def test_a_batch_of_one_stays_finite(log_scale):
 
 
 def test_zero_directions_stay_zero():
-    node = wnjax.WeightNorm(g=jnp.ones((1, 4)), v=jnp.zeros((3, 4)))
-    found = wnjax.data_init(dense)({"kernel": node, "bias": jnp.ones(4)}, normal(100, 3))
+    gv = wnjax.WeightNorm(g=jnp.ones((1, 4)), v=jnp.zeros((3, 4)))
+    found = wnjax.data_init(dense)({"kernel": gv, "bias": jnp.ones(4)}, normal(100, 3))
     np.testing.assert_array_equal(found["kernel"].g, 1)
     np.testing.assert_array_equal(found["bias"], 0)
 
@@ -304,11 +304,13 @@ def network():
     return apply(model), model.init(jax.random.key(0), x)["params"], x
 
 
-def test_plain_parameters_get_what_their_nodes_get(network):
+def test_plain_parameters_get_what_their_gv_leaves_get(network):
     fn, params, x = network
-    nodes = wnjax.weight_norm(params, wnjax.infer_axes(fn)(params, x))
+    normalized_params = wnjax.weight_norm(params, wnjax.infer_axes(fn)(params, x))
     chex.assert_trees_all_close(
-        wnjax.data_init(fn)(params, x), wnjax.fold(wnjax.data_init(fn)(nodes, x)), rtol=1e-6
+        wnjax.data_init(fn)(params, x),
+        wnjax.fold(wnjax.data_init(fn)(normalized_params, x)),
+        rtol=1e-6,
     )
 
 
@@ -392,7 +394,7 @@ def test_no_single_use(used):
         wnjax.data_init(fn)({"w": normal(3, 3)}, normal(100, 3))
 
 
-def test_nodes_that_stay_are_warned_of():
+def test_gv_leaves_that_stay_are_warned_of():
     def fn(params, x):
         return dense(params["a"], x) + jnp.tanh(x @ params["b"]) @ params["b"].T
 
@@ -443,14 +445,14 @@ BROKEN = {"nan": jnp.nan, "infinite": -jnp.inf, "overflow": 3e38}
 
 
 @pytest.mark.parametrize("value", BROKEN)
-@pytest.mark.parametrize("form", ["plain", "nodes", "log", "jit"])
+@pytest.mark.parametrize("form", ["plain", "normalized", "log", "jit"])
 def test_moments_that_are_not_finite_leave_neurons_as_they_were(value, form):
     """One number of the first layer's input is broken; the second layer has an input of its own."""
     params = {"kernel": normal(2, 3, 4), "bias": normal(2, 4, seed=1)}
     x = 2 + normal(200, 2, 3, seed=2)
     broken = x.at[7, 0, 1].set(BROKEN[value])
     axes = {"kernel": (0, 2), "bias": None}
-    if form in ("nodes", "log"):
+    if form in ("normalized", "log"):
         params = wnjax.weight_norm(params, axes, log_scale=form == "log")
     init = partial(wnjax.data_init(side_by_side, report=True), params)
     want, _ = init(x)

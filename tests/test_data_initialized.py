@@ -27,10 +27,10 @@ def loss(params, batch):
 assert_close = partial(chex.assert_trees_all_close, rtol=1e-10, atol=1e-12)
 BATCH = 2 + jax.random.normal(jax.random.key(3), (200, 3))
 
-OPTIMIZERS = {  # name: (optimizer, whether its parameters have nodes)
+OPTIMIZERS = {  # name: (optimizer, whether its parameters have (g, v) leaves)
     "plain": (optax.adam(1e-2), False),
     "weight_normalized": (wnjax.weight_normalized(optax.adam(1e-2), AXES), False),
-    "nodes": (optax.adam(1e-2), True),
+    "normalized": (optax.adam(1e-2), True),
     "chain": (optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1, momentum=0.9)), True),
 }
 
@@ -39,9 +39,9 @@ OPTIMIZERS = {  # name: (optimizer, whether its parameters have nodes)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("jit", [False, True])
 def test_first_step_initializes_and_the_others_are_the_optimizers(name, jit):
-    inner, has_nodes = OPTIMIZERS[name]
+    inner, has_gv_leaves = OPTIMIZERS[name]
     params, examples = toys.in_float64((toys.mlp_params(), BATCH))
-    start = wnjax.weight_norm(params, AXES) if has_nodes else params
+    start = wnjax.weight_norm(params, AXES) if has_gv_leaves else params
     optimizer = wnjax.data_initialized(inner, toys.mlp)
 
     def step(params, state, batch):
@@ -180,12 +180,12 @@ def two_steps(optimizer, params, *batches):
 
 @everywhere
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("name", ["weight_normalized", "nodes"])
+@pytest.mark.parametrize("name", ["weight_normalized", "normalized"])
 @pytest.mark.parametrize("initialized", ["data_init", "data_initialized"])
 def test_devices_with_a_part_of_the_batch_agree_with_the_whole(how, name, initialized):
-    inner, has_nodes = OPTIMIZERS[name]
+    inner, has_gv_leaves = OPTIMIZERS[name]
     params, examples = toys.in_float64((toys.mlp_params(), BATCH))
-    params = wnjax.weight_norm(params, AXES) if has_nodes else params
+    params = wnjax.weight_norm(params, AXES) if has_gv_leaves else params
     batches = (examples, examples[::-1]) if initialized == "data_initialized" else (examples,)
 
     def run(**options):
@@ -201,7 +201,7 @@ def test_devices_with_a_part_of_the_batch_agree_with_the_whole(how, name, initia
 
 def test_split_fan_in_axes_are_refused():
     """Its axis_name is that of the batch, and the sum over devices comes after the moments."""
-    nodes = wnjax.weight_norm({"kernel": BATCH[:8]}, axes={"kernel": -1})
+    normalized_params = wnjax.weight_norm({"kernel": BATCH[:8]}, axes={"kernel": -1})
 
     def fn(params, x):
         return jax.lax.psum(x @ params["kernel"], "x")
@@ -210,4 +210,4 @@ def test_split_fan_in_axes_are_refused():
     mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     init = jax.shard_map(wnjax.data_init(fn), mesh=mesh, in_specs=specs, out_specs=None)
     with pytest.raises(ValueError, match=r"^kernel: its fan-in axes seem to be split over 'x'"):
-        init(nodes, jnp.ones((200, 8)))
+        init(normalized_params, jnp.ones((200, 8)))

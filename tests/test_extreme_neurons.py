@@ -14,9 +14,9 @@ pytestmark = [pytest.mark.accelerator, pytest.mark.usefixtures("optimized")]
 @pytest.mark.parametrize("size", [0.0, 1e-38, 1e-17, 1e21, 3e38])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_v_out_of_range_gives_zeros_not_nans(dtype, size, jit):
-    node = wnjax.WeightNorm(g=jnp.ones((1, 2)), v=jnp.full((16, 2), size, dtype))
+    gv = wnjax.WeightNorm(g=jnp.ones((1, 2)), v=jnp.full((16, 2), size, dtype))
     pull = jax.jit(jax.vjp, static_argnums=0) if jit else jax.vjp
-    w, pullback = pull(wnjax.fold, node)
+    w, pullback = pull(wnjax.fold, gv)
     (grad,) = pullback(jnp.full((16, 2), 1e3, dtype))
     for x in (w, *grad):
         np.testing.assert_array_equal(np.asarray(x, np.float32), 0)

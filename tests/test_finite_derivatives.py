@@ -37,14 +37,16 @@ def stepped(optimizer):
     return fn
 
 
-def node(w):
+def gv(w):
     return {"kernel": wnjax.WeightNorm(jnp.full((1, w.shape[1]), 1.5), w)}
 
 
-def stepped_node(w):
-    nodes = node(w)
-    updates, _ = wnjax.keep_norms().update(jax.tree.map(jnp.sin, nodes), optax.EmptyState(), nodes)
-    return jax.tree.leaves(optax.apply_updates(nodes, updates))
+def stepped_gv_leaf(w):
+    normalized_params = gv(w)
+    updates, _ = wnjax.keep_norms().update(
+        jax.tree.map(jnp.sin, normalized_params), optax.EmptyState(), normalized_params
+    )
+    return jax.tree.leaves(optax.apply_updates(normalized_params, updates))
 
 
 def normalized(w, **options):
@@ -56,16 +58,16 @@ X = np.array([[1.0, -2.0, 0.5]], np.float32)
 
 INNER = wnjax.weight_normalized(optax.sgd(0.1))
 FUNCTIONS = {  # of a kernel
-    "fold": lambda w: wnjax.fold(node(w))["kernel"],
+    "fold": lambda w: wnjax.fold(gv(w))["kernel"],
     "weight_norm": normalized,
     "log_weight_norm": lambda w: normalized(w, log_scale=True),
     "fold_of_weight_norm": lambda w: wnjax.fold(wnjax.weight_norm({"kernel": w}))["kernel"],
-    "wrap": lambda w: wnjax.wrap(lambda p, x: x @ p["kernel"])(node(w), X),
-    "norms": lambda w: list(wnjax.norms(node(w))["kernel"].values()),
+    "wrap": lambda w: wnjax.wrap(lambda p, x: x @ p["kernel"])(gv(w), X),
+    "norms": lambda w: list(wnjax.norms(gv(w))["kernel"].values()),
     "weight_normalized": stepped(wnjax.weight_normalized(optax.sgd(0.1))),
     "weight_normalized_remainder": stepped(wnjax.weight_normalized(optax.sgd(0.1), remainder=True)),
     "keep_norms": stepped(optax.chain(optax.sgd(0.1), wnjax.keep_norms())),
-    "keep_norms_of_nodes": stepped_node,
+    "keep_norms_of_gv_leaves": stepped_gv_leaf,
     "inner_params": lambda w: jax.tree.leaves(
         wnjax.inner_params(INNER.init({"kernel": w}), {"kernel": w})
     ),

@@ -241,7 +241,7 @@ def test_static_arguments_and_abstract_ones():
     assert wnjax.infer_axes(fn)(*shapes, train=False)["w"].reason == "unused by the output"
 
 
-def test_nodes_are_handled_for_the_function():
+def test_gv_leaves_are_handled_for_the_function():
     tree = wnjax.weight_norm(LINEAR, {"w": -1})
     assert wnjax.infer_axes(linear)(tree, X)["w"].feature_axes == (1,)
 

@@ -11,7 +11,7 @@ from tests import toys
 from wnjax import NotWeight, Weight
 
 
-def test_summary_of_nodes():
+def test_summary_of_gv_leaves():
     params = {
         "attention": {"query": {"kernel": jnp.ones((4, 2, 3), jnp.bfloat16)}},
         "bias": jnp.ones(4),
@@ -86,11 +86,11 @@ def test_labels_freeze_g(tree):
     assert jax.tree.leaves(moved) == jax.tree.leaves(expected)
 
 
-@pytest.mark.parametrize("kind", ["nodes in a dict", "nodes in boxes", "log scale"])
+@pytest.mark.parametrize("kind", ["(g, v) leaves in a dict", "(g, v) leaves in boxes", "log scale"])
 def test_norms(kind):
     v = jnp.array([[3.0, 0.0], [4.0, 2.0]])
     tree = {"kernel": v, "bias": jnp.ones(2)}
-    tree = toys.boxed(tree) if kind == "nodes in boxes" else tree
+    tree = toys.boxed(tree) if kind == "(g, v) leaves in boxes" else tree
     tree = wnjax.weight_norm(tree, log_scale=kind == "log scale")
     norms = jax.jit(wnjax.norms)(tree)
     assert set(norms) == {"kernel"}

@@ -25,15 +25,15 @@ def normal(shape, seed):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("as_nodes", [False, True])
+@pytest.mark.parametrize("as_gv_leaves", [False, True])
 @pytest.mark.parametrize("name", SHAPES)
-def test_norms_stay_over_1000_steps(name, as_nodes):
+def test_norms_stay_over_1000_steps(name, as_gv_leaves):
     shape, features = SHAPES[name]
     fan_in = tuple(axis for axis in range(len(shape)) if axis not in features)
     target, w = toys.in_float64([3 * normal(shape, i) for i in (0, 1)])
     axes = {"w": features}
-    params = wnjax.weight_norm({"w": w}, axes) if as_nodes else {"w": w}
-    optimizer = optax.chain(optax.adam(3e-2), wnjax.keep_norms(None if as_nodes else axes))
+    params = wnjax.weight_norm({"w": w}, axes) if as_gv_leaves else {"w": w}
+    optimizer = optax.chain(optax.adam(3e-2), wnjax.keep_norms(None if as_gv_leaves else axes))
 
     @jax.jit
     def run(params):
@@ -47,7 +47,7 @@ def test_norms_stay_over_1000_steps(name, as_nodes):
             return jax.lax.scan(step, (params, optimizer.init(params)), length=1000)[0][0]
 
     found = run(params)
-    v = found["w"].v if as_nodes else found["w"]
+    v = found["w"].v if as_gv_leaves else found["w"]
     norms = [
         np.linalg.norm(
             np.asarray(x).transpose(*features, *fan_in).reshape(*[shape[f] for f in features], -1),

@@ -103,7 +103,7 @@ def test_starts_as_the_plain_module_with_norms_over_the_fan_in_axes_as_gains(nam
 
 
 @every_case
-def test_outputs_and_gradients_equal_those_of_explicit_nodes(name):
+def test_outputs_and_gradients_equal_those_of_explicit_gv_leaves(name):
     make, _, fan_in = CASES[name]
     _, (_, params), x = built(name)
 
@@ -111,12 +111,14 @@ def test_outputs_and_gradients_equal_those_of_explicit_nodes(name):
         axes = fan_in.get(path.removeprefix("params/inner/"))
         return axes and tuple(i for i in range(leaf.ndim) if i not in axes)
 
-    def both(nodes):
+    def both(normalized_params):
         losses = (
-            lambda nodes: jnp.sum(jnp.sin(Outer(make).apply(nodes, x))),
-            lambda nodes: jnp.sum(jnp.sin(plain(make).apply(wnjax.fold(nodes), x))),
+            lambda normalized_params: jnp.sum(jnp.sin(Outer(make).apply(normalized_params, x))),
+            lambda normalized_params: jnp.sum(
+                jnp.sin(plain(make).apply(wnjax.fold(normalized_params), x))
+            ),
         )
-        return [jax.value_and_grad(loss)(nodes) for loss in losses]
+        return [jax.value_and_grad(loss)(normalized_params) for loss in losses]
 
     actual, expected = jax.jit(both)(with_gains_doubled(wnjax.weight_norm(params, features)))
     assert_close(actual, expected, 2e-5)

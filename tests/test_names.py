@@ -273,7 +273,7 @@ NNX = {
 }
 
 
-def shapes_of_nodes(params, axes=None):
+def shapes_of_gv_leaves(params, axes=None):
     leaves = jax.tree_util.tree_leaves_with_path(wnjax.weight_norm(params, axes))
     return {jax.tree_util.keystr(path): leaf.shape for path, leaf in leaves}
 
@@ -287,7 +287,7 @@ def check_against_tracing(fn, params, x, expected):
         with pytest.warns(UserWarning, match="naming rules guess"):
             wnjax.weight_norm(params)
     else:
-        assert shapes_of_nodes(params) == shapes_of_nodes(params, axes)
+        assert shapes_of_gv_leaves(params) == shapes_of_gv_leaves(params, axes)
 
 
 @pytest.mark.parametrize("name", LINEN)
@@ -366,7 +366,7 @@ def test_the_rules_never_disagree_silently_with_tracing(stack):
     with jax.numpy_rank_promotion("allow"):
         axes = wnjax.infer_axes(lambda p, x: fn(p[name]["kernel"], p[name]["bias"], x))(params, x)
     try:
-        found = shapes_of_nodes(params)
+        found = shapes_of_gv_leaves(params)
     except (ValueError, UserWarning):  # refused, or told to be a guess
         return
-    assert found == shapes_of_nodes(params, axes)
+    assert found == shapes_of_gv_leaves(params, axes)

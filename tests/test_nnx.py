@@ -393,33 +393,37 @@ def test_the_norm_of_a_shard_is_refused():
 
 
 def off_start(model):
-    """A state with nodes of other lengths than those of v."""
-    nodes = wnjax.weight_norm(nnx.state(model, nnx.Param))
+    """A state with (g, v) leaves of other lengths than those of v."""
+    normalized_params = wnjax.weight_norm(nnx.state(model, nnx.Param))
     half = {"g": lambda g: g / 2, "v": lambda v: 3 * v, "other": lambda x: x}
-    return jax.tree.map(lambda label, x: half[label](x), wnjax.labels(nodes), nodes)
+    return jax.tree.map(
+        lambda label, x: half[label](x), wnjax.labels(normalized_params), normalized_params
+    )
 
 
-def test_params_that_are_nodes_keep_g_and_v():
-    """And an optimizer step is that of training the nodes themselves."""
+def test_params_that_are_gv_leaves_keep_g_and_v():
+    """And an optimizer step is that of training the (g, v) leaves themselves."""
     model, x = toys.TwoLayers(nnx.Rngs(0)), jnp.ones((2, 3))
     graph, _ = nnx.split(model)
-    nodes = off_start(model)
-    nnx.update(model, nodes)
+    normalized_params = off_start(model)
+    nnx.update(model, normalized_params)
     layer = WeightNorm(model)
-    chex.assert_trees_all_equal(layer.normalized(), nodes)
+    chex.assert_trees_all_equal(layer.normalized(), normalized_params)
 
     def loss(call):
         return jnp.mean(call(x) ** 2)
 
     optimizer = optax.sgd(0.1)
-    grads = jax.grad(lambda nodes: loss(nnx.merge(graph, wnjax.fold(nodes))))(nodes)
-    updates, _ = optimizer.update(grads, optimizer.init(nodes))
-    wanted = optax.apply_updates(nodes, updates)
+    grads = jax.grad(
+        lambda normalized_params: loss(nnx.merge(graph, wnjax.fold(normalized_params)))
+    )(normalized_params)
+    updates, _ = optimizer.update(grads, optimizer.init(normalized_params))
+    wanted = optax.apply_updates(normalized_params, updates)
     nnx.Optimizer(layer, optimizer, wrt=nnx.Param).update(layer, nnx.grad(loss)(layer))
     chex.assert_trees_all_close(layer.normalized(), wanted, rtol=1e-6)
 
 
-def test_params_that_are_nodes_say_their_axes():
+def test_params_that_are_gv_leaves_say_their_axes():
     model = toys.TwoLayers(nnx.Rngs(0))
     nnx.update(model, off_start(model))
     with pytest.raises(ValueError, match="which say their axes: leave axes out\n  first/kernel"):
@@ -443,11 +447,11 @@ def test_params_that_are_nodes_say_their_axes():
         lambda state: wnjax.data_init(lambda p, x: x)(state, jnp.ones((2, 3))),
     ],
 )
-def test_functions_of_nodes_refuse_the_state_of_the_module(fn):
-    """Which else would go wrong in silence: it has gains, and no nodes."""
+def test_functions_of_gv_leaves_refuse_the_state_of_the_module(fn):
+    """Which else would go wrong in silence: it has gains, and no (g, v) leaves."""
     layer = WeightNorm(toys.TwoLayers(nnx.Rngs(0)))
     with pytest.raises(
-        ValueError, match=r"take its nodes\(\)(.|\n)*gains:\n  layer_.*first/kernel/g"
+        ValueError, match=r"take its normalized\(\)(.|\n)*gains:\n  layer_.*first/kernel/g"
     ):
         fn(nnx.state(layer, nnx.Param))
     wnjax.labels(layer.normalized())
@@ -585,8 +589,8 @@ def test_layers_of_flax_tell_what_tracing_finds(name):
     assert_close(nnx.jit(lambda module, x: module(x))(module, x), want, 1e-5)
 
 
-def norms_of(nodes):
-    return {path: value["g"] for path, value in wnjax.norms(nodes).items()}
+def norms_of(normalized_params):
+    return {path: value["g"] for path, value in wnjax.norms(normalized_params).items()}
 
 
 class Twice(nnx.Module):

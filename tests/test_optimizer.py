@@ -100,11 +100,11 @@ def distance(a, b):
 @pytest.mark.parametrize("name", also_on_accelerators(OPTIMIZERS, ["momentum", "adam", "rmsprop"]))
 def test_trajectory_is_that_of_g_and_v(name):
     params, x, y = problem(jnp.float64)
-    optimizer, nodes = OPTIMIZERS[name](), wnjax.weight_norm(params, AXES)
+    optimizer, normalized_params = OPTIMIZERS[name](), wnjax.weight_norm(params, AXES)
     plain = trajectory(
         wnjax.weight_normalized(optimizer, AXES), params, lambda p: loss(p, x, y), STEPS
     )
-    explicit = trajectory(optimizer, nodes, lambda p: loss(wnjax.fold(p), x, y), STEPS)
+    explicit = trajectory(optimizer, normalized_params, lambda p: loss(wnjax.fold(p), x, y), STEPS)
     expected = wnjax.fold(explicit)
     assert distance(expected, params) > 0.05
     assert distance(plain, expected) < 1e-12
@@ -131,13 +131,13 @@ def test_multi_steps_around():
 def test_g_crosses_zero(optimizer):
     """The target's neurons point the other way, and large steps go past 0 again and again."""
     params = {"kernel": jax.random.normal(jax.random.key(0), (6, 5), jnp.float64)}
-    nodes = wnjax.weight_norm(params)
+    normalized_params = wnjax.weight_norm(params)
 
     def quadratic(params):
         return jnp.sum((params["kernel"] + 0.3 * jnp.sign(target)) ** 2)
 
     target = params["kernel"]
-    explicit, signs = nodes, []
+    explicit, signs = normalized_params, []
     state = optimizer.init(explicit)
     wrapped = wnjax.weight_normalized(optimizer)
     plain, plain_state = params, wrapped.init(params)
@@ -270,7 +270,7 @@ def test_optax_finds_its_way_in_the_state():
 
 
 def whole_of_size_1(leaf, spec):
-    """Specs of a node or an array: axes of size 1 are not split."""
+    """Specs of a (g, v) leaf or an array: axes of size 1 are not split."""
     return jax.tree.map(
         lambda x: PartitionSpec(
             *[None if n == 1 else name for n, name in zip(x.shape, spec, strict=True)]
@@ -308,7 +308,7 @@ def test_specs_of_parameters_make_those_of_the_state(wrapper, remainder):
     assert found.residuals["second"] == {k: x or nothing for k, x in expected.items()}
 
 
-def test_line_searches_see_functions_of_nodes():
+def test_line_searches_see_functions_of_gv_leaves():
     params, x, y = problem(jnp.float32)
     optimizer = wnjax.weight_normalized(optax.lbfgs(), AXES)
     state, values = optimizer.init(params), []
@@ -390,15 +390,15 @@ def test_functions_of_the_parameters_against_explicit_training(name, from_state)
     def plain_loss(params):
         return loss(params, x, y)
 
-    def loss_of_nodes(nodes):
-        return plain_loss(wnjax.fold(nodes))
+    def loss_of_gv_leaves(normalized_params):
+        return plain_loss(wnjax.fold(normalized_params))
 
     with jax.numpy_rank_promotion("allow"):
         found = steps_with_functions(
             wnjax.weight_normalized(make(), AXES), plain_loss, params, extra, from_state
         )
-        nodes = wnjax.weight_norm(params, AXES)
-        explicit = steps_with_functions(make(), loss_of_nodes, nodes, extra, False)
+        normalized_params = wnjax.weight_norm(params, AXES)
+        explicit = steps_with_functions(make(), loss_of_gv_leaves, normalized_params, extra, False)
     assert distance(found, params) > 0.02
     assert distance(found, wnjax.fold(explicit)) < 1e-11
 
@@ -432,7 +432,7 @@ def test_other_functions_are_refused():
 @pytest.mark.usefixtures("x64", "standard_promotion")
 @pytest.mark.parametrize("around", ["alone", "chain", "masked"])
 def test_schedule_free_inside(around):
-    """What it evaluates is that of training nodes, by way of `inner_params`."""
+    """What it evaluates is that of training (g, v) leaves, by way of `inner_params`."""
     params, x, y = problem(jnp.float64)
     schedule_free = optax.contrib.schedule_free_adamw(0.1)
     optimizer = wnjax.weight_normalized(schedule_free, AXES)
@@ -461,12 +461,14 @@ def test_schedule_free_inside(around):
     plain, state = run(optimizer, params, lambda p: loss(p, x, y))
     state = optax.tree.get(state, "WeightNormalizedState", state)
     masked = jax.tree.map(lambda keep, p: p if keep else optax.MaskedNode(), mask, plain)
-    nodes = wnjax.inner_params(state, masked)
-    found = wnjax.fold(optax.contrib.schedule_free_eval_params(state.inner, nodes))
+    normalized_params = wnjax.inner_params(state, masked)
+    found = wnjax.fold(optax.contrib.schedule_free_eval_params(state.inner, normalized_params))
 
-    nodes = wnjax.weight_norm(params, AXES)
-    nodes, state = run(schedule_free, nodes, lambda t: loss(wnjax.fold(t), x, y))
-    expected = wnjax.fold(optax.contrib.schedule_free_eval_params(state, nodes))
+    normalized_params = wnjax.weight_norm(params, AXES)
+    normalized_params, state = run(
+        schedule_free, normalized_params, lambda t: loss(wnjax.fold(t), x, y)
+    )
+    expected = wnjax.fold(optax.contrib.schedule_free_eval_params(state, normalized_params))
     parts = ["first", "second"] if mask["second"] else ["first"]
     assert distance([plain[k] for k in parts], [expected[k] for k in parts]) > 0.01
     assert distance([found[k] for k in parts], [expected[k] for k in parts]) < 1e-12
@@ -480,12 +482,14 @@ def test_inner_params_hold_what_rounding_took_and_take_lengths_from_the_state():
         lengths=state.lengths | {"kernel": jnp.array([[-10.0]])},
         residuals=state.residuals | {"kernel": jnp.array([[0.001], [0.0]])},
     )
-    nodes = wnjax.inner_params(state, params)
+    normalized_params = wnjax.inner_params(state, params)
     w = np.array([[3.001], [4.0]])
-    assert nodes["kernel"].v.dtype == jnp.float32
-    np.testing.assert_allclose(nodes["kernel"].g, [[-np.linalg.norm(w)]], rtol=1e-6)
-    np.testing.assert_allclose(nodes["kernel"].v, -10 * w / np.linalg.norm(w), rtol=1e-6)
-    np.testing.assert_array_equal(nodes["bias"], params["bias"])
+    assert normalized_params["kernel"].v.dtype == jnp.float32
+    np.testing.assert_allclose(normalized_params["kernel"].g, [[-np.linalg.norm(w)]], rtol=1e-6)
+    np.testing.assert_allclose(
+        normalized_params["kernel"].v, -10 * w / np.linalg.norm(w), rtol=1e-6
+    )
+    np.testing.assert_array_equal(normalized_params["bias"], params["bias"])
 
 
 def test_inner_params_of_shards():
@@ -516,9 +520,9 @@ def test_inner_params_of_every_tree_fit_the_inner_state(name):
     params = toys.TREES[name]()
     optimizer = wnjax.weight_normalized(optax.trace(0.9), {".*kernel": 1, ".*bias": None})
     state = optimizer.init(params)
-    nodes = wnjax.inner_params(state, params)
-    assert jax.tree.structure(nodes) == jax.tree.structure(state.inner.trace)
-    chex.assert_trees_all_close(wnjax.fold(nodes), params, rtol=1e-6)
+    normalized_params = wnjax.inner_params(state, params)
+    assert jax.tree.structure(normalized_params) == jax.tree.structure(state.inner.trace)
+    chex.assert_trees_all_close(wnjax.fold(normalized_params), params, rtol=1e-6)
 
 
 @pytest.mark.parametrize("edit", ["average", "half", "clip"])
@@ -536,14 +540,16 @@ def test_other_parameters_are_gone_on_with(edit):
     }[edit]
     grads = jax.grad(loss)(other, x, y)
     updates, _ = optimizer.update(grads, state, other)
-    nodes = wnjax.weight_norm(other, AXES)  # as if v had followed w at the length it had
-    lengths = {k: state.lengths[k]["kernel"] for k in nodes}
-    nodes = {
+    normalized_params = wnjax.weight_norm(
+        other, AXES
+    )  # as if v had followed w at the length it had
+    lengths = {k: state.lengths[k]["kernel"] for k in normalized_params}
+    normalized_params = {
         k: v | {"kernel": v["kernel"]._replace(v=v["kernel"].v / v["kernel"].g * lengths[k])}
-        for k, v in nodes.items()
+        for k, v in normalized_params.items()
     }
-    nodes_grads = jax.grad(lambda t: loss(wnjax.fold(t), x, y))(nodes)
-    expected = jax.tree.map(lambda p, g: p - 0.1 * g, nodes, nodes_grads)
+    gv_leaves_grads = jax.grad(lambda t: loss(wnjax.fold(t), x, y))(normalized_params)
+    expected = jax.tree.map(lambda p, g: p - 0.1 * g, normalized_params, gv_leaves_grads)
     chex.assert_trees_all_close(
         optax.apply_updates(other, updates), wnjax.fold(expected), rtol=2e-5, atol=2e-6
     )
@@ -555,7 +561,7 @@ def test_state_and_compilation():
     state = optimizer.init(params)
     assert sum(x.size for x in jax.tree.leaves(state)) == 8 + 16
     vertices = jax.tree.leaves(state, is_leaf=wnjax.is_weight_norm)
-    assert not any(map(wnjax.is_weight_norm, vertices))  # no nodes of its own
+    assert not any(map(wnjax.is_weight_norm, vertices))  # no (g, v) leaves of its own
 
     @chex.assert_max_traces(n=1)
     def step(params, state):
@@ -669,7 +675,7 @@ def test_errors():
         wnjax.inner_params(restored, params)
     with pytest.raises(TypeError, match=r'optax.tree.get\(state, "WeightNormalizedState"\)'):
         wnjax.inner_params((state,), params)
-    with pytest.raises(ValueError, match=r"nodes already.*\n  first/kernel"):
+    with pytest.raises(ValueError, match=r"\(g, v\) leaves already.*\n  first/kernel"):
         optimizer.init(wnjax.weight_norm(params, AXES))
     with pytest.raises(ValueError, match="no leaf is a weight"):
         wnjax.weight_normalized(optax.sgd(0.1)).init({"bias": jnp.ones(3)})

@@ -129,9 +129,9 @@ def test_a_leaf_without_a_name_keeps_its_value():
 def test_any_parameter_may_be_normalized():
     """And its name may be any."""
     state = {"alpha_g": array(1, 3), "alpha_v": array(2, 3)}
-    node = from_state_dict(state, {"alpha": jnp.zeros((2, 3))})["alpha"]
-    np.testing.assert_array_equal(node.v, state["alpha_v"])
-    np.testing.assert_array_equal(node.g, state["alpha_g"])
+    gv = from_state_dict(state, {"alpha": jnp.zeros((2, 3))})["alpha"]
+    np.testing.assert_array_equal(gv.v, state["alpha_v"])
+    np.testing.assert_array_equal(gv.g, state["alpha_g"])
 
 
 def test_attention_splits_heads():
@@ -316,18 +316,18 @@ def test_boxes_shardings_and_states():
     state = {name.replace("kernel", "weight"): x for name, x in state.items()}
     g, v = state["weight_g"].T, state["weight_v"].T
     boxed = {"kernel": nn.Partitioned(jnp.zeros((2, 4)), ("in", "out"))}
-    node = from_state_dict(state, boxed)["kernel"]
-    assert (node.g.names, node.v.names) == ((None, "out"), ("in", "out"))
-    np.testing.assert_array_equal(node.g.value, g)
-    chex.assert_trees_all_equal(to_state_dict({"kernel": node}, style="weight_g"), state)
+    gv = from_state_dict(state, boxed)["kernel"]
+    assert (gv.g.names, gv.v.names) == ((None, "out"), ("in", "out"))
+    np.testing.assert_array_equal(gv.g.value, g)
+    chex.assert_trees_all_equal(to_state_dict({"kernel": gv}, style="weight_g"), state)
 
     mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
     sharding = NamedSharding(mesh, P("x", "y"))
     shapes = {"kernel": jax.ShapeDtypeStruct((2, 4), jnp.float32, sharding=sharding)}
-    node = from_state_dict(state, shapes)["kernel"]
-    assert node.v.sharding == sharding
-    assert node.g.sharding == NamedSharding(mesh, P(None, "y"))
-    np.testing.assert_array_equal(node.v, v)
+    gv = from_state_dict(state, shapes)["kernel"]
+    assert gv.v.sharding == sharding
+    assert gv.g.sharding == NamedSharding(mesh, P(None, "y"))
+    np.testing.assert_array_equal(gv.v, v)
 
     states = nnx.state(nnx.Linear(2, 4, use_bias=False, rngs=nnx.Rngs(0)))
     loaded = from_state_dict(state, states)
@@ -336,7 +336,7 @@ def test_boxes_shardings_and_states():
     np.testing.assert_array_equal(loaded["kernel"].get_value().v, v)
 
 
-def test_a_template_with_nodes_wants_them():
+def test_a_template_with_gv_leaves_wants_them():
     template = wnjax.weight_norm({"kernel": jax.ShapeDtypeStruct((2, 4), jnp.float32)})
     state = {"weight_g": array(4, 1), "weight_v": array(4, 2)}
     plain = {"kernel": jnp.zeros((2, 4))}

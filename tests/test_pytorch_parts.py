@@ -79,9 +79,9 @@ def test_parts_that_do_not_go_together():
     template = {"a": {"kernel": jnp.ones((3, 2))}, "b": {"kernel": jnp.ones((3, 2))}}
     names = {"a/kernel": Part("weight", 0, 2), "b/kernel": Part("weight", 1, 2)}
     for axes in (0, ()):
-        nodes = wnjax.weight_norm(template, {".*": axes})
+        normalized_params = wnjax.weight_norm(template, {".*": axes})
         with pytest.raises(ValueError, match=r"shared by the 2 parts of weight, and each has"):
-            to_state_dict(nodes, names)
+            to_state_dict(normalized_params, names)
     half = wnjax.weight_norm(template, {"a/kernel": -1})
     with pytest.raises(ValueError, match="a/kernel and b/kernel are parts of weight, and must"):
         to_state_dict(half, names)

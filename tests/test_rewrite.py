@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import wnjax
 from wnjax._analysis import calls
-from wnjax._analysis.jaxprs import Walk
+from wnjax._analysis.jaxprs import JaxprAnalyzer
 from wnjax._transforms import wrap as wrapping
 
 
@@ -296,13 +296,13 @@ def test_all_parameters_of_scans_that_count_operands_are_known():
 @pytest.mark.parametrize("carried", [False, True], ids=["closed_over", "carried"])
 def test_the_analysis_of_nested_scans_is_linear_in_their_depth(carried, monkeypatch):
     calls = []
-    equation_of = Walk.equation
+    equation_of = JaxprAnalyzer.equation
 
     def counted(self, eqn, ins):
         calls.append(eqn)
         return equation_of(self, eqn, ins)
 
-    monkeypatch.setattr(Walk, "equation", counted)
+    monkeypatch.setattr(JaxprAnalyzer, "equation", counted)
 
     def cost(depth):
         def body(level, w, x):

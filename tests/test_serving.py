@@ -48,25 +48,25 @@ def served(calls, path):
 
 
 def trained(fn, params, x):
-    """Nodes after some steps, so that they are not where they began."""
+    """(g, v) leaves after some steps, so that they are not where they began."""
     axes = wnjax.infer_axes(fn)(params, x)
-    nodes = wnjax.weight_norm(params, axes)
-    grads = jax.grad(lambda p: jnp.mean(wnjax.wrap(fn)(p, x) ** 2))(nodes)
-    return jax.tree.map(lambda p, grad: p - 0.5 * grad, nodes, grads)
+    normalized_params = wnjax.weight_norm(params, axes)
+    grads = jax.grad(lambda p: jnp.mean(wnjax.wrap(fn)(p, x) ** 2))(normalized_params)
+    return jax.tree.map(lambda p, grad: p - 0.5 * grad, normalized_params, grads)
 
 
 def linen():
     """A network with a convolution, as a function of x alone: its weights are in the program."""
     fn, params, x = toys.linen("conv1d")
-    nodes = trained(fn, params, x)
-    weights = wnjax.fold(nodes)
-    return lambda x: fn(weights, x), lambda x: wnjax.wrap(fn)(nodes, x), x
+    normalized_params = trained(fn, params, x)
+    weights = wnjax.fold(normalized_params)
+    return lambda x: fn(weights, x), lambda x: wnjax.wrap(fn)(normalized_params, x), x
 
 
 def plain():
-    nodes = trained(toys.mlp, toys.mlp_params(), X)
-    weights = wnjax.fold(nodes)
-    return lambda x: toys.mlp(weights, x), lambda x: wnjax.wrap(toys.mlp)(nodes, x), X
+    normalized_params = trained(toys.mlp, toys.mlp_params(), X)
+    weights = wnjax.fold(normalized_params)
+    return lambda x: toys.mlp(weights, x), lambda x: wnjax.wrap(toys.mlp)(normalized_params, x), X
 
 
 def nnx_module():
@@ -105,10 +105,12 @@ def test_served_without_the_library(name, tmp_path):
         np.testing.assert_allclose(y, normalized(x), rtol=1e-5, atol=1e-5)
 
 
-def test_nodes_in_the_program_take_their_norm_at_every_call():
+def test_gv_leaves_in_the_program_take_their_norm_at_every_call():
     """What folding spares: so the absence of a norm above means something."""
-    nodes = trained(toys.mlp, toys.mlp_params(), X)
-    program = export.export(jax.jit(lambda nodes, x: toys.mlp(wnjax.fold(nodes), x)))(nodes, X)
+    normalized_params = trained(toys.mlp, toys.mlp_params(), X)
+    program = export.export(
+        jax.jit(lambda normalized_params, x: toys.mlp(wnjax.fold(normalized_params), x))
+    )(normalized_params, X)
     assert has_norm(program)
 
 
@@ -122,13 +124,13 @@ def test_weights_as_an_argument(tmp_path):
 
 
 @pytest.mark.parametrize("log_scale", [False, True])
-def test_nodes_as_an_argument(log_scale):
-    """One program for many (g, v): its bytes say what the nodes are."""
+def test_gv_leaves_as_an_argument(log_scale):
+    """One program for many (g, v): its bytes say what the (g, v) leaves are."""
     axes = wnjax.infer_axes(toys.mlp)(toys.mlp_params(), X)
-    nodes = wnjax.weight_norm(toys.mlp_params(), axes, log_scale=log_scale)
-    program = export.export(jax.jit(wnjax.wrap(toys.mlp)))(nodes, X)
+    normalized_params = wnjax.weight_norm(toys.mlp_params(), axes, log_scale=log_scale)
+    program = export.export(jax.jit(wnjax.wrap(toys.mlp)))(normalized_params, X)
     again = export.deserialize(program.serialize())
-    other = jax.tree.map(lambda p: 1.5 * p, nodes)
+    other = jax.tree.map(lambda p: 1.5 * p, normalized_params)
     want = toys.mlp(wnjax.fold(other), X)
     np.testing.assert_allclose(again.call(other, X), want, rtol=1e-5, atol=1e-5)
 

@@ -85,7 +85,7 @@ FUNCTIONS = {
         lambda p: p,
     ),
     "keep_norms": (optimized(projected, optax.sgd(0.1)), lambda p: p),
-    "keep_norms of nodes": (optimized(projected, optax.sgd(0.1)), off_start),
+    "keep_norms of (g, v) leaves": (optimized(projected, optax.sgd(0.1)), off_start),
 }
 
 
@@ -208,8 +208,8 @@ total_with_identity_transpose.defvjp(
 
 def mlp_parameters(form):
     params = {name: normal(*shape, seed=i) / 4 for i, (name, shape) in enumerate(SHAPES.items())}
-    as_nodes = off_start(partial(wnjax.weight_norm, axes=KERNELS))
-    return params if form in ("weight_normalized", "keep_norms") else as_nodes(params)
+    as_gv_leaves = off_start(partial(wnjax.weight_norm, axes=KERNELS))
+    return params if form in ("weight_normalized", "keep_norms") else as_gv_leaves(params)
 
 
 def specs_by_shape(tree):
@@ -278,17 +278,17 @@ def test_training_steps_are_those_of_the_whole(form, make, init_inside):
 @pytest.mark.parametrize("form", ["fold", "wrap"])
 def test_unchecked_gradients_taken_inside_are_parts_for_g_alone(form):
     """The transpose of `psum` is no identity there: that of the plain layer is to be written so."""
-    nodes, batch = mlp_parameters(form), (normal(8, 16, seed=3), normal(8, 24, seed=4))
+    normalized_params, batch = mlp_parameters(form), (normal(8, 16, seed=3), normal(8, 24, seed=4))
     loss, _ = of_form(form, None)
-    expected = jax.jit(jax.grad(loss))(nodes, *batch)
+    expected = jax.jit(jax.grad(loss))(normalized_params, *batch)
     loss, _ = of_form(form, None, ROW, total=total_with_identity_transpose)
 
-    def gradient(nodes, *batch):
-        grads = jax.lax.pmean(jax.grad(loss)(nodes, *batch), "data")
+    def gradient(normalized_params, *batch):
+        grads = jax.lax.pmean(jax.grad(loss)(normalized_params, *batch), "data")
         down = grads["down"]
         return grads | {"down": down._replace(g=jax.lax.psum(down.g, "tensor"))}
 
-    specs = specs_by_shape(nodes)
+    specs = specs_by_shape(normalized_params)
     shards = jax.shard_map(
         gradient,
         mesh=make_mesh(),
@@ -296,17 +296,19 @@ def test_unchecked_gradients_taken_inside_are_parts_for_g_alone(form):
         out_specs=specs,
         check_vma=False,
     )
-    chex.assert_trees_all_close(jax.jit(shards)(nodes, *batch), expected, rtol=1e-4, atol=1e-6)
+    chex.assert_trees_all_close(
+        jax.jit(shards)(normalized_params, *batch), expected, rtol=1e-4, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("transform", [jax.pmap, jax.vmap])
 def test_pmap_and_vmap(transform):
     """They check nothing, either."""
-    node = off_start(partial(wnjax.weight_norm, axes=AXES))(parameters())["w"]
+    gv = off_start(partial(wnjax.weight_norm, axes=AXES))(parameters())["w"]
     x = normal(3, 64, seed=2)
 
-    def loss(node, x, total=lambda y: y, axis_name=None):
-        return jnp.sum(jnp.sin(total(x @ wnjax.fold(node, axis_name=axis_name))))
+    def loss(gv, x, total=lambda y: y, axis_name=None):
+        return jnp.sum(jnp.sin(total(x @ wnjax.fold(gv, axis_name=axis_name))))
 
     def part(g, v, x):
         shard = partial(loss, total=total_with_identity_transpose, axis_name="tensor")
@@ -314,8 +316,8 @@ def test_pmap_and_vmap(transform):
         return value, jax.lax.psum(grads.g, "tensor"), grads.v
 
     parts = transform(part, axis_name="tensor", in_axes=(None, 0, 0))
-    values, g, v = parts(node.g, node.v.reshape(8, 8, 32), jnp.moveaxis(x.reshape(3, 8, 8), 1, 0))
-    value, grads = jax.value_and_grad(loss)(node, x)
+    values, g, v = parts(gv.g, gv.v.reshape(8, 8, 32), jnp.moveaxis(x.reshape(3, 8, 8), 1, 0))
+    value, grads = jax.value_and_grad(loss)(gv, x)
     np.testing.assert_allclose(values, np.full(8, value), rtol=1e-4)
     np.testing.assert_allclose(g, np.stack([grads.g] * 8), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(v.reshape(64, 32), grads.v, rtol=1e-4, atol=1e-5)
@@ -326,7 +328,7 @@ def test_neurons_of_zeros_and_extreme_ones():
     w = jnp.stack([jnp.zeros(64), normal(64) * 1e-25, normal(64) * 1e25, normal(64)], 1)
     c = normal(64, 4, seed=1)
     shards = partial(jax.shard_map, mesh=make_mesh())
-    nodes = jax.jit(
+    normalized_params = jax.jit(
         shards(
             partial(wnjax.weight_norm, axes=AXES, axis_name="tensor"),
             in_specs=({"w": P("tensor")},),
@@ -334,15 +336,15 @@ def test_neurons_of_zeros_and_extreme_ones():
         )
     )({"w": w})
     norms = np.sqrt(np.sum(np.asarray(w, np.float64) ** 2, 0, keepdims=True))
-    np.testing.assert_allclose(nodes["w"].g, norms, rtol=1e-5)
-    v = np.asarray(nodes["w"].v)
+    np.testing.assert_allclose(normalized_params["w"].g, norms, rtol=1e-5)
+    v = np.asarray(normalized_params["w"].v)
     np.testing.assert_allclose(np.abs(v[:, 1:3]).max(0), 1, rtol=1e-6)  # of all shards
     assert 0.5 < np.linalg.norm(v[:, 0]) < 1.5
     assert not np.array_equal(v[:16, 0], v[16:32, 0])
 
     def total(w):
-        node = wnjax.weight_norm({"w": w}, AXES, axis_name="tensor")
-        return wnjax.fold(node, axis_name="tensor")["w"]
+        gv = wnjax.weight_norm({"w": w}, AXES, axis_name="tensor")
+        return wnjax.fold(gv, axis_name="tensor")["w"]
 
     around = shards(total, in_specs=P("tensor"), out_specs=P("tensor"))
     folded, gradient = jax.jit(jax.value_and_grad(lambda w: jnp.sum(c[:, 1:] * around(w))))(
@@ -370,7 +372,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("why", REFUSED)
-@pytest.mark.parametrize("name", ["fold", "norms", "wrap", "keep_norms of nodes"])
+@pytest.mark.parametrize("name", ["fold", "norms", "wrap", "keep_norms of (g, v) leaves"])
 def test_refused(why, name):
     v_spec, g_spec, axis_name, message = REFUSED[why]
     _, tree = case("fold")
@@ -432,11 +434,11 @@ def test_a_line_search_evaluates_the_folded_whole():
 @pytest.mark.parametrize("whole", [(), {"w": None}, {"w": ()}])
 def test_gathered_weights(whole):
     """To JAX they differ between devices still."""
-    node = off_start(partial(wnjax.weight_norm, axes=AXES))(parameters())["w"]
+    gv = off_start(partial(wnjax.weight_norm, axes=AXES))(parameters())["w"]
 
-    def fold(node, axis_name):
-        v = jax.lax.all_gather(node.v, "tensor", tiled=True)
-        w = wnjax.fold({"w": node._replace(v=v)}, axis_name=axis_name)["w"]
+    def fold(gv, axis_name):
+        v = jax.lax.all_gather(gv.v, "tensor", tiled=True)
+        w = wnjax.fold({"w": gv._replace(v=v)}, axis_name=axis_name)["w"]
         return jax.lax.dynamic_slice_in_dim(w, 16 * jax.lax.axis_index("tensor"), 16)
 
     def gathered(axis_name):
@@ -447,9 +449,9 @@ def test_gathered_weights(whole):
             out_specs=P("tensor"),
         )
 
-    np.testing.assert_allclose(jax.jit(gathered(whole))(node), wnjax.fold(node), rtol=1e-6)
+    np.testing.assert_allclose(jax.jit(gathered(whole))(gv), wnjax.fold(gv), rtol=1e-6)
     with pytest.raises(ValueError, match=r"or say there that these axes are whole .* by \(\)"):
-        gathered(None)(node)
+        gathered(None)(gv)
 
 
 def test_lengths_that_do_not_fit_are_refused():

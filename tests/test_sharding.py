@@ -150,11 +150,11 @@ def test_gains_have_the_sharding_of_their_features(mesh, layout, jitted):
     spec, gain_spec, _ = LAYOUTS[layout]
     params = {"kernel": put(normal(64, 32), spec)}
     jit = jax.jit if jitted else lambda fn: fn
-    nodes = jit(wnjax.weight_norm)(params)
-    assert same_layout(nodes["kernel"].v, spec)
-    assert same_layout(nodes["kernel"].g, gain_spec)
-    assert same_layout(jit(wnjax.fold)(nodes)["kernel"], spec)
-    for name, x in jit(wnjax.norms)(nodes)["kernel"].items():
+    normalized_params = jit(wnjax.weight_norm)(params)
+    assert same_layout(normalized_params["kernel"].v, spec)
+    assert same_layout(normalized_params["kernel"].g, gain_spec)
+    assert same_layout(jit(wnjax.fold)(normalized_params)["kernel"], spec)
+    for name, x in jit(wnjax.norms)(normalized_params)["kernel"].items():
         assert same_layout(x, gain_spec), name
 
 
@@ -178,15 +178,21 @@ def test_only_sums_of_split_fan_in_axes_are_sent(mesh, layout):
     """And they are one number a neuron; nothing is sent where the fan-in axes are whole."""
     spec, _, gains = LAYOUTS[layout]
     params = {"kernel": put(normal(64, 32), spec)}
-    nodes = wnjax.weight_norm(params)
+    normalized_params = wnjax.weight_norm(params)
 
-    def gradient(nodes):
-        return jax.grad(lambda nodes: jnp.sum(jnp.sin(wnjax.fold(nodes)["kernel"])))(nodes)
+    def gradient(normalized_params):
+        return jax.grad(
+            lambda normalized_params: jnp.sum(jnp.sin(wnjax.fold(normalized_params)["kernel"]))
+        )(normalized_params)
 
     optimizers = [(step(o), params, o.init(params)) for o in OPTIMIZERS.values()]
     # And how many times they are sent: of squares, of largest elements, of products with gradients.
-    programs = [((wnjax.weight_norm, params), 3), ((wnjax.fold, nodes), 1), ((gradient, nodes), 2)]
-    programs += [((wnjax.norms, nodes), 1), (optimizers[0], 3), (optimizers[1], 2)]
+    programs = [
+        ((wnjax.weight_norm, params), 3),
+        ((wnjax.fold, normalized_params), 1),
+        ((gradient, normalized_params), 2),
+    ]
+    programs += [((wnjax.norms, normalized_params), 1), (optimizers[0], 3), (optimizers[1], 2)]
     for (fn, *args), times in programs:
         sums = [] if layout == "features" else [("all-reduce", gains)] * times
         assert collectives(fn, *args) == sums
@@ -233,15 +239,19 @@ def gradient(fn, params):
 def test_a_model_sends_what_the_plain_one_does_and_sums(mesh, layout, form):
     """A sum for the norm, and one for its gradient, where fan-in axes are split."""
     params, x = problem(layout)
-    nodes = wnjax.weight_norm(params, wnjax.infer_axes(mlp)(params, x))
-    fn = wnjax.wrap(mlp) if form == "wrap" else lambda nodes, x: mlp(wnjax.fold(nodes), x)
-    sent = collectives(gradient(fn, nodes), nodes, x)
+    normalized_params = wnjax.weight_norm(params, wnjax.infer_axes(mlp)(params, x))
+    fn = (
+        wnjax.wrap(mlp)
+        if form == "wrap"
+        else lambda normalized_params, x: mlp(wnjax.fold(normalized_params), x)
+    )
+    sent = collectives(gradient(fn, normalized_params), normalized_params, x)
     for one in collectives(gradient(mlp, params), params, x):
         sent.remove(one)
     assert sent == [("all-reduce", n) for n in MODELS[layout][1] for _ in range(2)]
-    alone = jax.device_get((nodes, x))
+    alone = jax.device_get((normalized_params, x))
     chex.assert_trees_all_close(
-        jax.jit(gradient(fn, nodes))(nodes, x),
+        jax.jit(gradient(fn, normalized_params))(normalized_params, x),
         jax.grad(lambda n: jnp.mean(jnp.square(mlp(wnjax.fold(n), alone[1]))))(alone[0]),
         rtol=1e-4,
         atol=1e-6,
@@ -257,18 +267,18 @@ def test_scales_on_outputs_send_numbers_of_neurons_alone(mesh, layout, monkeypat
     """The gradient of a gain, too, is then a sum over the batch, which is spread over devices."""
     monkeypatch.setattr(wrapping, "scales_output", lambda *_: True)
     params, x = problem(layout)
-    nodes = wnjax.weight_norm(params, wnjax.infer_axes(mlp)(params, x))
-    fn = gradient(wnjax.wrap(mlp), nodes)
-    sent = collectives(fn, nodes, x)
+    normalized_params = wnjax.weight_norm(params, wnjax.infer_axes(mlp)(params, x))
+    fn = gradient(wnjax.wrap(mlp), normalized_params)
+    sent = collectives(fn, normalized_params, x)
     for one in collectives(gradient(mlp, params), params, x):
         sent.remove(one)
     assert {operation for operation, _ in sent} == {"all-reduce"}
     numbers = [number for _, number in sent]
     assert len(numbers) <= 2 * 3  # two weights: the norm, its gradient, the gain's
     assert max(numbers) <= 128
-    alone = jax.device_get((nodes, x))
+    alone = jax.device_get((normalized_params, x))
     expected = jax.grad(lambda n: jnp.mean(jnp.square(mlp(wnjax.fold(n), alone[1]))))(alone[0])
-    chex.assert_trees_all_close(jax.jit(fn)(nodes, x), expected, rtol=1e-4, atol=1e-6)
+    chex.assert_trees_all_close(jax.jit(fn)(normalized_params, x), expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -276,11 +286,11 @@ def test_scales_on_outputs_send_numbers_of_neurons_alone(mesh, layout, monkeypat
     [(AUTO, "both"), (EXPLICIT, "fsdp")],
     ids=["auto-both", "explicit-fsdp"],
 )
-@pytest.mark.parametrize("as_nodes", [False, True])
-def test_data_init_of_shards_is_that_of_the_whole(mesh, layout, as_nodes):
+@pytest.mark.parametrize("as_gv_leaves", [False, True])
+def test_data_init_of_shards_is_that_of_the_whole(mesh, layout, as_gv_leaves):
     """Under jit, with the batch spread over devices, too; beyond the network's, sums are sent."""
     params, x = problem(layout)
-    tree = wnjax.weight_norm(params, {"up|down": -1}) if as_nodes else params
+    tree = wnjax.weight_norm(params, {"up|down": -1}) if as_gv_leaves else params
     init = jax.jit(wnjax.data_init(mlp))
     alone = jax.device_get((tree, x))
     chex.assert_trees_all_close(init(tree, x), init(*alone), rtol=1e-4, atol=1e-5)
@@ -308,10 +318,13 @@ def test_views_of_shards_are_those_of_the_whole(mesh):
 
     inside(params, x)
     assert found == [axes]
-    nodes, whole_nodes = wnjax.weight_norm(params, axes), wnjax.weight_norm(whole[0], axes)
-    assert wnjax.summary(nodes) == wnjax.summary(whole_nodes)
-    node = wnjax.WeightNorm("g", "v")
-    assert wnjax.labels(nodes) == {"up": node, "bias": "other", "down": node}
+    normalized_params, whole_gv_leaves = (
+        wnjax.weight_norm(params, axes),
+        wnjax.weight_norm(whole[0], axes),
+    )
+    assert wnjax.summary(normalized_params) == wnjax.summary(whole_gv_leaves)
+    gv = wnjax.WeightNorm("g", "v")
+    assert wnjax.labels(normalized_params) == {"up": gv, "bias": "other", "down": gv}
 
 
 @axis_types
@@ -330,11 +343,13 @@ def test_abstract_trees_have_the_layout_of_real_ones(mesh, log_scale):
     shapes = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), params
     )
-    nodes = normalize(params)
-    assert abstract(normalize(shapes)) == abstract(nodes)
+    normalized_params = normalize(params)
+    assert abstract(normalize(shapes)) == abstract(normalized_params)
     assert abstract(wnjax.fold(normalize(shapes))) == abstract(params)
-    assert normalize(abstract(params)) == abstract(nodes)  # without shardings
-    for one, real in zip(*map(jax.tree.leaves, (normalize(shapes), nodes)), strict=True):
+    assert normalize(abstract(params)) == abstract(normalized_params)  # without shardings
+    for one, real in zip(
+        *map(jax.tree.leaves, (normalize(shapes), normalized_params)), strict=True
+    ):
         assert real.sharding.is_equivalent_to(one.sharding, real.ndim)
 
 
@@ -358,12 +373,14 @@ def test_a_model_is_initialized_in_shards(mesh):
     def start(key):
         return nn.meta.unbox(wnjax.weight_norm(init(key)))
 
-    nodes = jax.jit(start, out_shardings=shardings)(jax.random.key(0))
-    node = nodes["Dense_0"]["kernel"]
-    assert {shard.data.shape for shard in node.v.addressable_shards} == {(32, 16)}
-    assert {shard.data.shape for shard in node.g.addressable_shards} == {(1, 16)}
+    normalized_params = jax.jit(start, out_shardings=shardings)(jax.random.key(0))
+    gv = normalized_params["Dense_0"]["kernel"]
+    assert {shard.data.shape for shard in gv.v.addressable_shards} == {(32, 16)}
+    assert {shard.data.shape for shard in gv.g.addressable_shards} == {(1, 16)}
     kernel = nn.meta.unbox(init(jax.random.key(0)))["Dense_0"]["kernel"]
-    np.testing.assert_allclose(wnjax.fold(nodes)["Dense_0"]["kernel"], kernel, atol=1e-7)
+    np.testing.assert_allclose(
+        wnjax.fold(normalized_params)["Dense_0"]["kernel"], kernel, atol=1e-7
+    )
 
 
 def test_what_does_not_fit_is_refused_of_abstract_trees_too():
@@ -371,9 +388,9 @@ def test_what_does_not_fit_is_refused_of_abstract_trees_too():
     with pytest.raises(TypeError, match="kernel has dtype int32; only floating-point"):
         wnjax.weight_norm(shapes)
     kernel = jax.ShapeDtypeStruct((4, 3), jnp.float32)
-    node = wnjax.WeightNorm(jax.ShapeDtypeStruct((4, 2), jnp.float32), kernel)
+    gv = wnjax.WeightNorm(jax.ShapeDtypeStruct((4, 2), jnp.float32), kernel)
     with pytest.raises(ValueError, match=r"kernel: g of shape \(4, 2\) does not fit v of shape"):
-        wnjax.fold({"kernel": node})
-    node = wnjax.WeightNorm(jax.ShapeDtypeStruct((1, 3), jnp.float32), normal(4, 3))
+        wnjax.fold({"kernel": gv})
+    gv = wnjax.WeightNorm(jax.ShapeDtypeStruct((1, 3), jnp.float32), normal(4, 3))
     with pytest.raises(TypeError, match="kernel: v is an array, but g a shape"):
-        wnjax.fold({"kernel": node})
+        wnjax.fold({"kernel": gv})

@@ -114,8 +114,8 @@ FUNCTIONS = {
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_every_function_of_parameters_refuses_states(name):
-    nodes = wnjax.weight_norm(params())
-    state = TrainState.create(apply_fn=None, params=nodes, tx=optax.adam(1e-3))
+    normalized_params = wnjax.weight_norm(params())
+    state = TrainState.create(apply_fn=None, params=normalized_params, tx=optax.adam(1e-3))
     for tree, where in ((state, "the tree"), ({"opt": state.opt_state}, "opt/0")):
         with pytest.raises(
             ValueError, match=rf"^{where} is of the type \w+, which holds the state"
@@ -132,8 +132,11 @@ def test_states_may_be_among_the_other_arguments():
 
     x = jnp.ones((2, 3))
     axes = wnjax.infer_axes(fn)(state.params, state, x)
-    nodes = wnjax.weight_norm(state.params, axes)
-    assert jax.eval_shape(wnjax.wrap(fn), nodes, state, x).shape == toys.mlp(params(), x).shape
+    normalized_params = wnjax.weight_norm(state.params, axes)
+    assert (
+        jax.eval_shape(wnjax.wrap(fn), normalized_params, state, x).shape
+        == toys.mlp(params(), x).shape
+    )
 
 
 @pytest.mark.parametrize("tree", [optax.MaskedNode(), {"a": optax.MaskedNode()}])

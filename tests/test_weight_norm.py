@@ -143,9 +143,9 @@ def test_nnx_sharding_metadata_keeps_its_names():
 
 def test_bridged_metadata_keeps_its_names():
     box = nnx.bridge.NNXMeta(nnx.Param, jnp.ones((3, 4)), {"out_sharding": ("data", "model")})
-    node = wnjax.weight_norm({"kernel": box})["kernel"]
-    assert node.g.metadata["out_sharding"] == (None, "model")
-    assert node.v.metadata["out_sharding"] == ("data", "model")
+    gv = wnjax.weight_norm({"kernel": box})["kernel"]
+    assert gv.g.metadata["out_sharding"] == (None, "model")
+    assert gv.v.metadata["out_sharding"] == ("data", "model")
 
 
 @pytest.mark.parametrize(
@@ -153,16 +153,16 @@ def test_bridged_metadata_keeps_its_names():
 )
 def test_partition_specs_as_names(sharding):
     param = nnx.Param(jnp.ones((3, 4)))
-    node = wnjax.weight_norm({"kernel": param.replace(param[...], out_sharding=sharding)})["kernel"]
-    assert node.g.get_metadata()["out_sharding"] == jax.P(None, *sharding[1:])
+    gv = wnjax.weight_norm({"kernel": param.replace(param[...], out_sharding=sharding)})["kernel"]
+    assert gv.g.get_metadata()["out_sharding"] == jax.P(None, *sharding[1:])
 
 
 def test_named_sharding_as_names():
     mesh = jax.make_mesh((2, 4), ("data", "model"))
     sharding = jax.NamedSharding(mesh, jax.P("data", "model"))
     param = nnx.Param(jnp.ones((4, 8)))
-    node = wnjax.weight_norm({"kernel": param.replace(param[...], out_sharding=sharding)})["kernel"]
-    assert node.g.get_metadata()["out_sharding"] == jax.NamedSharding(mesh, jax.P(None, "model"))
+    gv = wnjax.weight_norm({"kernel": param.replace(param[...], out_sharding=sharding)})["kernel"]
+    assert gv.g.get_metadata()["out_sharding"] == jax.NamedSharding(mesh, jax.P(None, "model"))
 
 
 def test_equinox_module_with_explicit_axes():
@@ -200,16 +200,16 @@ FUNCTIONS_OF_NODES = {
 
 @pytest.mark.parametrize("name", FUNCTIONS_OF_NODES)
 def test_haikus_immutable_dicts_are_refused(name):
-    """They flatten what is put in them, so that a node is two leaves and not found again."""
+    """They flatten what is put in them, so that a (g, v) leaf is two leaves and not found again."""
     plain = {"linear": {"kernel": jnp.ones((3, 4)), "b": jnp.zeros(4)}}
-    nodes = hk.data_structures.to_immutable_dict(wnjax.weight_norm(plain))
-    assert len(jax.tree.leaves(nodes)) == 3
+    normalized_params = hk.data_structures.to_immutable_dict(wnjax.weight_norm(plain))
+    assert len(jax.tree.leaves(normalized_params)) == 3
     with pytest.raises(ValueError, match=r"a FlatMap keeps its content .*to_mutable_dict"):
-        FUNCTIONS_OF_NODES[name]({"model": nodes})
+        FUNCTIONS_OF_NODES[name]({"model": normalized_params})
     frozen = hk.data_structures.to_immutable_dict(plain)
     with pytest.raises(ValueError, match=r"a FlatMap keeps its content .*to_mutable_dict"):
         wnjax.weight_norm(frozen, axes={".*": -1})
-    mutable = hk.data_structures.to_mutable_dict(nodes)
+    mutable = hk.data_structures.to_mutable_dict(normalized_params)
     chex.assert_trees_all_equal(wnjax.fold(mutable), plain)
 
 
@@ -268,10 +268,10 @@ class TestZeroNeurons:
     @pytest.mark.parametrize("transform", [wnjax.weight_norm, jax.jit(wnjax.weight_norm)])
     def test_function_is_unchanged_and_all_is_finite(self, params, transform):
         normalized = transform(params)
-        node = normalized["kernel"]
-        assert (node.g[0, ::2] == 0).all()
-        assert (jnp.linalg.norm(node.v, axis=0)[::2] > 0.1).all()
-        np.testing.assert_array_equal(node.v[:, 1::2], params["kernel"][:, 1::2])
+        gv = normalized["kernel"]
+        assert (gv.g[0, ::2] == 0).all()
+        assert (jnp.linalg.norm(gv.v, axis=0)[::2] > 0.1).all()
+        np.testing.assert_array_equal(gv.v[:, 1::2], params["kernel"][:, 1::2])
         assert toys.ulps(wnjax.fold(normalized), params) <= 2
         value, grads = jax.value_and_grad(self.loss)(normalized)
         np.testing.assert_allclose(value, self.loss(params), rtol=1e-6)
@@ -307,19 +307,19 @@ class TestZeroNeurons:
         assert all(jnp.isfinite(g).all() for g in jax.tree.leaves(jax.grad(self.loss)(inside_jit)))
 
     def test_zero_v_gives_zero_weight_and_zero_gradients(self):
-        node = wnjax.WeightNorm(g=jnp.ones((1, 2)), v=jnp.zeros((3, 2)))
-        w, pullback = jax.vjp(wnjax.fold, node)
+        gv = wnjax.WeightNorm(g=jnp.ones((1, 2)), v=jnp.zeros((3, 2)))
+        w, pullback = jax.vjp(wnjax.fold, gv)
         np.testing.assert_array_equal(w, 0)
         jax.tree.map(lambda g: np.testing.assert_array_equal(g, 0), pullback(jnp.ones((3, 2))))
 
 
 def test_numpy_leaves_are_copied_and_become_jax_arrays():
     kernel = np.random.default_rng(0).normal(size=(3, 4))
-    node = wnjax.weight_norm({"kernel": kernel})["kernel"]
-    before = wnjax.fold(node)
+    gv = wnjax.weight_norm({"kernel": kernel})["kernel"]
+    before = wnjax.fold(gv)
     kernel[:] = 0
-    assert (node.g.dtype, node.v.dtype, before.dtype) == (jnp.float32,) * 3
-    np.testing.assert_array_equal(wnjax.fold(node), before)
+    assert (gv.g.dtype, gv.v.dtype, before.dtype) == (jnp.float32,) * 3
+    np.testing.assert_array_equal(wnjax.fold(gv), before)
     assert (before != 0).all()
 
 
@@ -348,7 +348,8 @@ class TestErrors:
     def test_already_normalized(self, tree):
         normalized = wnjax.weight_norm(toys.TREES[tree]())
         with pytest.raises(
-            ValueError, match=r"nodes already; fold\(params\) first:\n  first/kernel"
+            ValueError,
+            match=r"these are \(g, v\) leaves already; fold\(params\) first:\n  first/kernel",
         ):
             wnjax.weight_norm(normalized)
 
@@ -372,10 +373,10 @@ def test_weights_without_elements_compute_and_train_nothing():
         return jnp.sum(fn(params, x) ** 2)
 
     axes = wnjax.infer_axes(fn)(params, x)
-    nodes = wnjax.weight_norm(params, axes)
-    chex.assert_trees_all_equal(wnjax.fold(nodes), params)
+    normalized_params = wnjax.weight_norm(params, axes)
+    chex.assert_trees_all_equal(wnjax.fold(normalized_params), params)
     alone = wnjax.weight_norm({"w": params["w"]}, {"w": 1})
-    grads = jax.grad(partial(loss, wnjax.wrap(fn)))(nodes)
+    grads = jax.grad(partial(loss, wnjax.wrap(fn)))(normalized_params)
     want = jax.grad(partial(loss, wnjax.wrap(lambda params, x: x @ params["w"])))(alone)
     chex.assert_trees_all_close(grads["w"], want["w"], rtol=1e-6)
     chex.assert_tree_all_finite(grads)

@@ -25,7 +25,7 @@ LOW_PRECISION = {"bfloat16_compute", "dense_bfloat16"}
 
 
 def normalized(fn, params, *args):
-    """A tree with nodes off their start, so that g and ‖v‖ differ; None if nothing is a weight."""
+    """A tree with (g, v) leaves off their start, where g is not ‖v‖; None if there is no weight."""
     axes = wnjax.infer_axes(fn)(params, *args)
     if not any(isinstance(x, wnjax.Weight) for x in jax.tree.leaves(axes)):
         return None
@@ -285,11 +285,11 @@ OPEN = {
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("rides", [False, True], ids=["by_size", "on_outputs"])
+@pytest.mark.parametrize("is_scalable", [False, True], ids=["by_size", "on_outputs"])
 @pytest.mark.parametrize("name", OPEN)
-def test_sizes_that_are_left_open(name, rides, monkeypatch):
+def test_sizes_that_are_left_open(name, is_scalable, monkeypatch):
     """As in an export for any batch: axes, values and derivatives are those of numbers."""
-    if rides:
+    if is_scalable:
         monkeypatch.setattr(wrapping, "scales_output", lambda *_: True)
     fn, shapes, sizes, inputs = OPEN[name]
     rng = np.random.default_rng(0)
@@ -452,7 +452,7 @@ def test_computing_in_a_narrow_range(narrow):
     chex.assert_trees_all_close(y, jnp.full((2, 4), 2, jnp.float16), rtol=1e-2)
 
 
-def test_static_leaves_beside_nodes():
+def test_static_leaves_beside_gv_leaves():
     tree = wnjax.weight_norm({"w": jnp.eye(3)}, {"w": -1}) | {"eps": 2.0, "name": "relu"}
 
     def fn(params, x):
@@ -533,7 +533,7 @@ PLAIN = {
 
 
 @pytest.mark.parametrize("name", PLAIN)
-def test_a_tree_without_nodes_goes_to_fn_as_it_is_with_one_warning(name):
+def test_a_tree_without_gv_leaves_goes_to_fn_as_it_is_with_one_warning(name):
     params = PLAIN[name]()
     wrapped = wnjax.wrap(lambda p: p)
     with pytest.warns(

@@ -493,7 +493,7 @@ COEFFICIENTS = (X3, "constant array as well as by data")
 
 
 def graph_network(p):
-    """Nodes and edges are closed over."""
+    """(g, v) leaves and edges are closed over."""
     h = jnp.tanh(MATRIX @ (DATA @ p["w"]) + p["b"][None])
     return MATRIX @ h @ p["v"]
 

@@ -16,7 +16,7 @@ from flax.linen import transforms
 from wnjax._analysis.plain_weights import takes_plain_weights
 from wnjax._axes.decisions import Axes, FeatureAxes, Weight
 from wnjax._leaves.gv import norm_dtype
-from wnjax._leaves.trees import flatten, is_normalized, listing, unbox_node
+from wnjax._leaves.trees import flatten, is_normalized, listing, unbox_gv
 from wnjax._modules.arguments import (
     BATCH_NORM_INSTEAD,
     WEIGHT_NORM_INSTEAD,
@@ -192,7 +192,7 @@ def _with_new(params: Any, plain: Any, decide: Callable[[Any], Any]) -> Any:
     leaves, treedef = flatten(_inside(plain))
     if not (new := {path: leaf for path, leaf in leaves if path not in old}):
         return params
-    if inside := [path for path, leaf in new.items() if unbox_node(leaf) is not None]:
+    if inside := [path for path, leaf in new.items() if unbox_gv(leaf) is not None]:
         raise ValueError(
             "wnjax.linen.WeightNorm: a WeightNorm inside the module has normalized these already, "
             f"and no weight may be normalized twice:{listing(inside)}"
@@ -210,7 +210,7 @@ def _with_new(params: Any, plain: Any, decide: Callable[[Any], Any]) -> Any:
 def _check_not_plain(params: Any, decide: Callable[[Any], Any], path: tuple[str, ...]) -> None:
     """Finds parameters that never went through `weight_norm`."""
     leaves = flatten(_inside(params))[0]
-    if leaves and all(unbox_node(leaf) is None for _, leaf in leaves):
+    if leaves and all(unbox_gv(leaf) is None for _, leaf in leaves):
         axes = {
             "/".join((*path, inside)): what.feature_axes
             for inside, what in decide(params).items()

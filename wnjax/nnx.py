@@ -13,16 +13,16 @@ from flax import nnx
 
 from wnjax._axes.decisions import Axes, Decision, FeatureAxes, NotWeight, Weight
 from wnjax._leaves.gv import LogWeightNorm, gain_axes, is_weight_norm
-from wnjax._leaves.gv import WeightNorm as Node
+from wnjax._leaves.gv import WeightNorm as GVLeaf
 from wnjax._leaves.trees import (
     as_apart,
-    box_node,
+    box_gv,
     flatten,
     is_box,
     listing,
     rebox,
     unbox,
-    unbox_node,
+    unbox_gv,
 )
 from wnjax._modules.arguments import (
     BATCH_NORM_INSTEAD,
@@ -117,8 +117,8 @@ class WeightNorm(nnx.Module):
         _check_not_inside(layer_instance)
         params = nnx.state(layer_instance, nnx.Param)
         normalized = params
-        if nodes := {path: node for path, x in flatten(params)[0] if (node := unbox_node(x))}:
-            _check_given(nodes, axes is None and feature_axes is ... and variable_filter is ...)
+        if gv_leaves := {path: gv for path, x in flatten(params)[0] if (gv := unbox_gv(x))}:
+            _check_given(gv_leaves, axes is None and feature_axes is ... and variable_filter is ...)
         else:
             if feature_axes is not ... and variable_filter is ...:
                 variable_filter = nnx.PathContains("kernel")
@@ -128,7 +128,7 @@ class WeightNorm(nnx.Module):
             decisions = decisions_of(params, axes, feature_axes, selected.__contains__, find)
             normalized = weight_norm(params, decisions)
         old, new = (dict(flatten(tree)[0]) for tree in (params, normalized))
-        pairs = {path: as_pair(leaf) for path, leaf in new.items() if unbox_node(leaf)}
+        pairs = {path: as_pair(leaf) for path, leaf in new.items() if unbox_gv(leaf)}
         _put(layer_instance, {id(old[path]): pair for path, pair in pairs.items()})
         self.layer_instance = layer_instance
 
@@ -173,9 +173,9 @@ class WeightNorm(nnx.Module):
     def folded(self) -> Any:
         """The module with plain weights w = g·v/‖v‖: a copy, which is what one serves."""
         layer = nnx.clone(self.layer_instance)
-        nodes = {_slash(path): x for path, x in nnx.iter_graph(layer) if is_weight_norm(x)}
-        weights = fold(nodes)
-        _put(layer, {id(node.v): weights[path] for path, node in nodes.items()})
+        gv_leaves = {_slash(path): x for path, x in nnx.iter_graph(layer) if is_weight_norm(x)}
+        weights = fold(gv_leaves)
+        _put(layer, {id(gv.v): weights[path] for path, gv in gv_leaves.items()})
         return layer
 
     def normalized(self) -> Any:
@@ -187,8 +187,8 @@ class WeightNorm(nnx.Module):
         flat = dict(nnx.to_flat_state(nnx.state(self.layer_instance, nnx.Param)))
         for path, x in nnx.iter_graph(self.layer_instance):
             if is_weight_norm(x) and flat.pop((*path, "g"), None):  # once, if it is shared
-                node = Node(*map(unbox, x))
-                flat[path] = box_node(flat.pop((*path, "v")), node, gain_axes(node))
+                gv = GVLeaf(*map(unbox, x))
+                flat[path] = box_gv(flat.pop((*path, "v")), gv, gain_axes(gv))
         return nnx.from_flat_state(flat)
 
 
@@ -205,24 +205,24 @@ def _check_not_inside(module: nnx.Module) -> None:
         )
 
 
-def _check_given(nodes: Mapping[str, Any], is_alone: bool) -> None:
+def _check_given(gv_leaves: Mapping[str, Any], is_alone: bool) -> None:
     """Checks Params that are (g, v) leaves already."""
     if not is_alone:
         raise ValueError(
             "WeightNorm: these Params are (g, v) leaves already, which say their axes: leave axes "
-            f"out{listing(nodes)}"
+            f"out{listing(gv_leaves)}"
         )
-    if others := [path for path, node in nodes.items() if isinstance(node, LogWeightNorm)]:
+    if others := [path for path, gv in gv_leaves.items() if isinstance(gv, LogWeightNorm)]:
         raise ValueError(f"WeightNorm: g is learned as it is, not as log_g:{listing(others)}")
 
 
-def as_pair(leaf: Any) -> Node:
+def as_pair(leaf: Any) -> GVLeaf:
     """A (g, v) leaf of two boxes, of one in a box, or of boxes; of arrays if there is no box."""
-    node = leaf if is_weight_norm(leaf) else unbox(leaf)
-    if not is_box(node.v):
-        boxed = box_node(leaf, node, gain_axes(node))
-        node = boxed if is_weight_norm(boxed) else Node(*(rebox(leaf, x) for x in node))
-    return Node(as_apart(node[0]), node.v)
+    gv = leaf if is_weight_norm(leaf) else unbox(leaf)
+    if not is_box(gv.v):
+        boxed = box_gv(leaf, gv, gain_axes(gv))
+        gv = boxed if is_weight_norm(boxed) else GVLeaf(*(rebox(leaf, x) for x in gv))
+    return GVLeaf(as_apart(gv[0]), gv.v)
 
 
 def _put(module: nnx.Module, new: Mapping[int, Any]) -> None:

@@ -93,8 +93,8 @@ def gradient_covariances(params):
         return jax.vmap(one, in_axes=(None, 0, 0))(params, x, y)["kernel"]
 
     covariance = jax.vmap(lambda grads: jnp.cov(grads, rowvar=False), in_axes=2)
-    of_w, of_node = per_example(layer, wnjax.fold(params)), per_example(wn_layer, params)
-    return covariance(of_w), covariance(of_node.v), of_node.g.var(0, ddof=1)[0]
+    of_w, of_gv_leaf = per_example(layer, wnjax.fold(params)), per_example(wn_layer, params)
+    return covariance(of_w), covariance(of_gv_leaf.v), of_gv_leaf.g.var(0, ddof=1)[0]
 
 
 params = jax.tree.map(lambda h: h[4, :, MOMENTS], normalized)  # RATES[4] is 0.1

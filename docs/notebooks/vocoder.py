@@ -103,7 +103,8 @@ heading, *lines = wnjax.summary(params).splitlines()
 print(heading, *lines[:4], "...", *lines[-5:], sep="\n")
 
 # %% [markdown]
-# Every weight is a node with the very g and v of the file. PyTorch's g of a transposed convolution
+# Every weight is a (g, v) leaf with the very g and v of the file. PyTorch's g of a transposed
+# convolution
 # belongs to an *input* channel, which is why the norms of `ups` run over other axes than
 # those of the other kernels.
 #

@@ -105,17 +105,17 @@ def _passes(size: int, dtype: str) -> dict[str, _Pass]:
     # Random numbers, since a device may move zeros at another speed.
     keys = jax.random.split(jax.random.key(0))
     v, gradient = (jax.random.normal(key, (size, size), dtype) for key in keys)
-    node = wnjax.WeightNorm(jnp.ones((1, size), jnp.float32), v)
+    gv = wnjax.WeightNorm(jnp.ones((1, size), jnp.float32), v)
     return {
         "copy": _compile(jnp.copy, v),
-        "fold": _compile(wnjax.fold, node),
-        "vjp of fold": _compile(gradients, node, gradient),
+        "fold": _compile(wnjax.fold, gv),
+        "vjp of fold": _compile(gradients, gv, gradient),
     }
 
 
-def gradients(node: wnjax.WeightNorm, gradient: jax.Array) -> Any:
+def gradients(gv: wnjax.WeightNorm, gradient: jax.Array) -> Any:
     """The gradients of g and v, given that of w. Nothing is kept of the forward pass."""
-    _, pull_back = jax.vjp(wnjax.fold, node)
+    _, pull_back = jax.vjp(wnjax.fold, gv)
     return pull_back(gradient)
 
 

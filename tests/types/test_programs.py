@@ -148,10 +148,10 @@ def test_nnx_split_and_merge():
     def fn(params, x):
         return nnx.merge(graph, params, *rest)(x)
 
-    nodes = wnjax.weight_norm(params, wnjax.infer_axes(fn)(params, x))
-    nodes = wnjax.data_init(fn)(nodes, x)
-    out: jax.Array = wnjax.wrap(fn)(nodes, x)
-    trained = nnx.merge(graph, wnjax.fold(nodes), *rest)
+    normalized_params = wnjax.weight_norm(params, wnjax.infer_axes(fn)(params, x))
+    normalized_params = wnjax.data_init(fn)(normalized_params, x)
+    out: jax.Array = wnjax.wrap(fn)(normalized_params, x)
+    trained = nnx.merge(graph, wnjax.fold(normalized_params), *rest)
     assert abs(trained(x) - out).max() < 1e-5
 
 
@@ -171,8 +171,8 @@ def test_weight_normalized():
 
     params, state = step(params, optimizer.init(params))
     one: wnjax.WeightNormalizedState = optax.tree.get(state, "WeightNormalizedState")
-    nodes = wnjax.inner_params(one, params)
-    assert nodes["first"].g.shape == one.lengths["first"].shape == (1, 2)
+    normalized_params = wnjax.inner_params(one, params)
+    assert normalized_params["first"].g.shape == one.lengths["first"].shape == (1, 2)
 
 
 def test_inner_params_of_a_state_as_optax_types_it():
@@ -180,9 +180,9 @@ def test_inner_params_of_a_state_as_optax_types_it():
     schedule_free = optax.contrib.schedule_free_sgd(0.1)
     optimizer = wnjax.weight_normalized(schedule_free, {".*": -1})
     state = optimizer.init(MLP_PARAMS)
-    nodes = wnjax.inner_params(state, MLP_PARAMS)
+    normalized_params = wnjax.inner_params(state, MLP_PARAMS)
     assert isinstance(state, wnjax.WeightNormalizedState)
-    evaluated = optax.contrib.schedule_free_eval_params(state.inner, nodes)
+    evaluated = optax.contrib.schedule_free_eval_params(state.inner, normalized_params)
     assert jnp.allclose(wnjax.fold(evaluated["first"]), MLP_PARAMS["first"])
 
 
@@ -233,8 +233,8 @@ def test_infer_axes():
     )
     refused = {path: what for path, what in axes.items() if isinstance(what, wnjax.NotWeight)}
     print(wnjax.summary(axes), refused["last"].reason)
-    nodes = wnjax.weight_norm(MLP_PARAMS, axes)
-    assert nodes["first"].g.shape == (1, 2)
+    normalized_params = wnjax.weight_norm(MLP_PARAMS, axes)
+    assert normalized_params["first"].g.shape == (1, 2)
     abstract = wnjax.weight_norm({"first": jax.ShapeDtypeStruct((3, 2), jnp.float32)}, axes)
     assert abstract["first"].v.shape == (3, 2)
     lambdas = wnjax.infer_axes(lambda params, x: fn(params, 2 * x))(new_params(), x)
@@ -284,11 +284,11 @@ def test_containers():
 
     jax.tree_util.register_dataclass(Model, ["layers"], [])
     model = Model([Layer(jnp.ones((3, 2)), jnp.zeros(2))])
-    nodes = wnjax.weight_norm(model)
-    assert nodes.layers[0].kernel.g.shape == (1, 2)
-    assert wnjax.fold(nodes)(x).shape == (128, 2)
-    assert wnjax.wrap(lambda model, x: model(x))(nodes, x).shape == (128, 2)
-    assert wnjax.data_init(Model.__call__)(nodes, x).layers[0].kernel.v.shape == (3, 2)
+    normalized_params = wnjax.weight_norm(model)
+    assert normalized_params.layers[0].kernel.g.shape == (1, 2)
+    assert wnjax.fold(normalized_params)(x).shape == (128, 2)
+    assert wnjax.wrap(lambda model, x: model(x))(normalized_params, x).shape == (128, 2)
+    assert wnjax.data_init(Model.__call__)(normalized_params, x).layers[0].kernel.v.shape == (3, 2)
     listed = wnjax.weight_norm([{"kernel": jnp.ones((3, 2))}])
     assert listed[0]["kernel"].g.shape == (1, 2)
     alone = wnjax.weight_norm(jnp.ones((3, 2)), lambda path, leaf: -1)
@@ -330,20 +330,20 @@ def test_transformations_of_wrapped_functions():
 
 def test_export():
     """From docs/serving.md."""
-    nodes = wnjax.weight_norm(MLP_PARAMS, {".*": -1})
+    normalized_params = wnjax.weight_norm(MLP_PARAMS, {".*": -1})
     batch = export.symbolic_shape("batch, 3")
-    sizes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), nodes)
+    sizes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), normalized_params)
     wrapped = jax.jit(wnjax.wrap(mlp))
     program = export.export(wrapped)(sizes, jax.ShapeDtypeStruct(batch, x.dtype))
     again = export.deserialize(program.serialize())
-    assert jnp.allclose(again.call(nodes, x), mlp(wnjax.fold(nodes), x))
+    assert jnp.allclose(again.call(normalized_params, x), mlp(wnjax.fold(normalized_params), x))
 
 
 def test_checkpoints():
     """From docs/checkpoints.md."""
-    nodes = wnjax.weight_norm(MLP_PARAMS, {".*": -1})
-    data = serialization.to_bytes(nodes)
-    target = jax.tree.map(jnp.zeros_like, nodes)
+    normalized_params = wnjax.weight_norm(MLP_PARAMS, {".*": -1})
+    data = serialization.to_bytes(normalized_params)
+    target = jax.tree.map(jnp.zeros_like, normalized_params)
     assert serialization.from_bytes(target, data)["first"].g.shape == (1, 2)
     restored = wnjax.convert.from_dicts(serialization.msgpack_restore(data))
     assert restored["first"].g.shape == (1, 2)

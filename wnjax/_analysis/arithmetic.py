@@ -18,7 +18,7 @@ from wnjax._analysis.rules import (
     narrowed,
     shapes,
     sources_of,
-    without_ride,
+    unscalable,
 )
 from wnjax._analysis.views import (
     ACTIVATION,
@@ -26,15 +26,15 @@ from wnjax._analysis.views import (
     DATA,
     OWN_STATISTICS,
     Info,
+    LeafView,
     PartialSum,
-    Track,
     is_repeated,
     united,
 )
 
 
-def _changed(info: Info, how: str) -> tuple[Track, ...]:
-    return tuple(t.moved(t.layout, changed=t.changed or how) for t in info.tracks)
+def _changed(info: Info, how: str) -> tuple[LeafView, ...]:
+    return tuple(t.moved(t.layout, changed=t.changed or how) for t in info.views)
 
 
 def _broadcast(eqn: Any, ins: Sequence[Info]) -> list[Info]:
@@ -47,10 +47,10 @@ def _broadcast(eqn: Any, ins: Sequence[Info]) -> list[Info]:
         def to(layout: Layout, grown: set[int] = grown) -> Layout:
             return tuple(repeated(n) if i in grown else layout[i] for i, n in enumerate(shape))
 
-        tracks = tuple(track.moved(to(track.layout)) for track in info.tracks)
-        sums = tuple(track.moved(to(track.layout)) for track in info.sums)
+        views = tuple(view.moved(to(view.layout)) for view in info.views)
+        sums = tuple(view.moved(to(view.layout)) for view in info.sums)
         partial = tuple(one for p in info.partial if (one := p.moved(to)) is not None)
-        result.append(Info(tracks, sums, info.sources, info.constant | grown, partial))
+        result.append(Info(views, sums, info.sources, info.constant | grown, partial))
     return result
 
 
@@ -59,13 +59,13 @@ def _common_constant(ins: Sequence[Info]) -> frozenset[int]:
     return frozenset.intersection(*(info.constant for info in ins))
 
 
-def _long_axes(track: Track) -> set[int]:
+def _long_axes(view: LeafView) -> set[int]:
     """The axes of the value along which the leaf really varies."""
-    return {i for i, axis in enumerate(track.layout) if not is_repeated(axis)}
+    return {i for i, axis in enumerate(view.layout) if not is_repeated(axis)}
 
 
-def _repeats_along(info: Info, track: Track) -> bool:
-    return bool(_long_axes(track) & info.constant)
+def _repeats_along(info: Info, view: LeafView) -> bool:
+    return bool(_long_axes(view) & info.constant)
 
 
 def _is_scalar(info: Info, eqn: Any) -> bool:
@@ -79,8 +79,8 @@ def _elementwise(recorder: Recorder, eqn: Any, ins: Sequence[Info]) -> list[Info
     if sources & ACTIVATION:
         end(recorder, eqn, f"unknown operation {eqn.primitive.name}", *ins)
         return [Info(sources=sources, constant=_common_constant(ins))]
-    tracks = tuple(track for info in ins for track in _changed(info, eqn.primitive.name))
-    return [Info(tracks, (), sources, _common_constant(ins))]
+    views = tuple(view for info in ins for view in _changed(info, eqn.primitive.name))
+    return [Info(views, (), sources, _common_constant(ins))]
 
 
 def _convert(recorder: Recorder, eqn: Any, ins: Sequence[Info]) -> list[Info]:
@@ -88,7 +88,7 @@ def _convert(recorder: Recorder, eqn: Any, ins: Sequence[Info]) -> list[Info]:
     if not jnp.issubdtype(dtype, jnp.inexact):
         return _elementwise(recorder, eqn, ins)
     if not jnp.issubdtype(dtype, jnp.floating):  # complex
-        return [without_ride(ins[0])]
+        return [unscalable(ins[0])]
     return [narrowed(ins[0]) if is_narrow(dtype) else ins[0]]
 
 
@@ -98,21 +98,21 @@ def _mul(recorder: Recorder, eqn: Any, ins: Sequence[Info]) -> list[Info]:
 
 def product(recorder: Recorder, eqn: Any, a: Info, b: Info) -> list[Info]:
     """The elementwise product of two values that have the shape of the result."""
-    tracks = (*_multiplied(recorder, eqn, a, b), *_multiplied(recorder, eqn, b, a))
+    views = (*_multiplied(recorder, eqn, a, b), *_multiplied(recorder, eqn, b, a))
     sums = (*_scaled_sums(eqn, a, b), *_scaled_sums(eqn, b, a))
     partial = united((*_scaled_partial(a, b), *_scaled_partial(b, a)))
-    return [Info(tracks, sums, sources_of([a, b]), _common_constant([a, b]), partial)]
+    return [Info(views, sums, sources_of([a, b]), _common_constant([a, b]), partial)]
 
 
 def _div(recorder: Recorder, eqn: Any, ins: Sequence[Info]) -> list[Info]:
     info, divisor = _broadcast(eqn, ins)
-    tracks = _multiplied(recorder, eqn, info, divisor)
+    views = _multiplied(recorder, eqn, info, divisor)
     end(recorder, eqn, "scale", divisor)
     sums, partial = _scaled_sums(eqn, info, divisor), _scaled_partial(info, divisor)
-    return [Info(tracks, sums, sources_of(ins), _common_constant([info, divisor]), partial)]
+    return [Info(views, sums, sources_of(ins), _common_constant([info, divisor]), partial)]
 
 
-def _scaled_sums(eqn: Any, info: Info, factor: Info) -> tuple[Track, ...]:
+def _scaled_sums(eqn: Any, info: Info, factor: Info) -> tuple[LeafView, ...]:
     return info.sums if _is_scalar(factor, eqn) and not factor.is_activation else ()
 
 
@@ -127,72 +127,72 @@ def _scaled_partial(info: Info, factor: Info) -> tuple[PartialSum, ...]:
     )
 
 
-def _multiplied(recorder: Recorder, eqn: Any, info: Info, factor: Info) -> tuple[Track, ...]:
-    """The tracks of a value that is multiplied by a factor."""
+def _multiplied(recorder: Recorder, eqn: Any, info: Info, factor: Info) -> tuple[LeafView, ...]:
+    """The views of a value that is multiplied by a factor."""
     kept = []
     call = recorder.einsum_call(eqn)
     is_summed_later = call is not None and not call.is_over
-    tracks = [_masked(track, factor) if factor.is_constant else track for track in info.tracks]
-    for track in tracks:
-        repeats = _repeats_along(factor, track)
-        modulates = repeats and len(_long_axes(track)) > 1
-        if any(other.leaf == track.leaf for other in factor.tracks):
-            kept.append(track.moved(track.layout, changed=track.changed or eqn.primitive.name))
-        elif factor.depends_on(track.leaf) and (modulates or not factor.is_activation):
-            kept.append(track.moved(track.layout, changed=OWN_STATISTICS))
+    views = [_masked(view, factor) if factor.is_constant else view for view in info.views]
+    for view in views:
+        repeats = _repeats_along(factor, view)
+        modulates = repeats and len(_long_axes(view)) > 1
+        if any(other.leaf == view.leaf for other in factor.views):
+            kept.append(view.moved(view.layout, changed=view.changed or eqn.primitive.name))
+        elif factor.depends_on(view.leaf) and (modulates or not factor.is_activation):
+            kept.append(view.moved(view.layout, changed=OWN_STATISTICS))
         elif factor.is_activation and is_summed_later:
             if call is not None and call.is_over is None and not modulates:
-                recorder.note(track.leaf, "scale", eqn)
-            kept.append(track.moved(track.layout, is_multiple=True, is_intact=False))
+                recorder.note(view.leaf, "scale", eqn)
+            kept.append(view.moved(view.layout, is_multiple=True, is_intact=False))
         elif factor.is_activation and not modulates:
-            recorder.note(track.leaf, "scale", eqn)
+            recorder.note(view.leaf, "scale", eqn)
         elif factor.is_activation:
-            kept.append(track.moved(track.layout, is_multiple=True))
-        elif not factor.tracks or _is_scalar(factor, eqn):
-            kept.append(track.moved(track.layout, is_multiple=True))  # by a mask, or a constant
-        elif any(_repeats_along(info, other) for other in factor.tracks):
-            recorder.note(track.leaf, "product of two parameters" if repeats else "scale", eqn)
+            kept.append(view.moved(view.layout, is_multiple=True))
+        elif not factor.views or _is_scalar(factor, eqn):
+            kept.append(view.moved(view.layout, is_multiple=True))  # by a mask, or a constant
+        elif any(_repeats_along(info, other) for other in factor.views):
+            recorder.note(view.leaf, "product of two parameters" if repeats else "scale", eqn)
         elif repeats:
-            kept.append(track.moved(track.layout, is_multiple=True))  # by a scale of its features
+            kept.append(view.moved(view.layout, is_multiple=True))  # by a scale of its features
         else:
-            recorder.note(track.leaf, "product of two parameters", eqn)
+            recorder.note(view.leaf, "product of two parameters", eqn)
     return tuple(kept)
 
 
-def _masked(track: Track, factor: Info) -> Track:
-    """The track with the axes marked along which a constant factor varies."""
-    varying = (axis for i, axis in enumerate(track.layout) if i not in factor.constant)
-    return track.moved(track.layout, masked=track.masked | long_axes(varying))
+def _masked(view: LeafView, factor: Info) -> LeafView:
+    """The view with the axes marked along which a constant factor varies."""
+    varying = (axis for i, axis in enumerate(view.layout) if i not in factor.constant)
+    return view.moved(view.layout, masked=view.masked | long_axes(varying))
 
 
 def _add(recorder: Recorder, eqn: Any, ins: Sequence[Info]) -> list[Info]:
     a, b = ins = _broadcast(eqn, ins)
-    tracks = (*_plus(recorder, eqn, 0, a, b), *_plus(recorder, eqn, 1, b, a))
+    views = (*_plus(recorder, eqn, 0, a, b), *_plus(recorder, eqn, 1, b, a))
     sums = (*_shifted(a, b), *_shifted(b, a))
     partial = united((*_shifted_partial(recorder, a, b), *_shifted_partial(recorder, b, a)))
-    return [Info(tracks, sums, sources_of(ins), _common_constant(ins), partial)]
+    return [Info(views, sums, sources_of(ins), _common_constant(ins), partial)]
 
 
-def _plus(recorder: Recorder, eqn: Any, operand: int, info: Info, other: Info) -> tuple[Track, ...]:
-    """The tracks of a value, an operand of a sum, to which another is added."""
+def _plus(
+    recorder: Recorder, eqn: Any, operand: int, info: Info, other: Info
+) -> tuple[LeafView, ...]:
+    """The views of a value, an operand of a sum, to which another is added."""
     if not other.is_activation:
-        own = [t for t in info.tracks if other.depends_on(t.leaf) and not other.tracks]
+        own = [t for t in info.views if other.depends_on(t.leaf) and not other.views]
         return _changed(info, OWN_STATISTICS if own else eqn.primitive.name)
-    for track in info.tracks:
-        neurons = [
-            s for s in other.sums if s.leaf != track.leaf and _is_bias_of(recorder, track, s)
-        ]
+    for view in info.views:
+        neurons = [s for s in other.sums if s.leaf != view.leaf and _is_bias_of(recorder, view, s)]
         if eqn.primitive.name == "sub":
             neurons = []
         for one in neurons:
-            recorder.bias(one, track, operand, eqn)
-        recorder.note(track.leaf, "bias" if neurons else "added to activations", eqn)
+            recorder.bias(one, view, operand, eqn)
+        recorder.note(view.leaf, "bias" if neurons else "added to activations", eqn)
     return ()
 
 
-def _shifted(info: Info, other: Info) -> tuple[Track, ...]:
+def _shifted(info: Info, other: Info) -> tuple[LeafView, ...]:
     """The sums that stay sums of their neurons: what is added is the same for all samples."""
-    if other.tracks:
+    if other.views:
         return ()
     return tuple(
         s
@@ -207,20 +207,20 @@ def _shifted(info: Info, other: Info) -> tuple[Track, ...]:
 
 def _shifted_partial(recorder: Recorder, info: Info, other: Info) -> tuple[PartialSum, ...]:
     """The sums that stay partial: a bias, or data, is added to what is the output of a layer."""
-    biased = {s.leaf for s in info.sums for t in other.tracks if _is_bias_of(recorder, t, s)}
+    biased = {s.leaf for s in info.sums for t in other.views if _is_bias_of(recorder, t, s)}
     return tuple(p for p in info.partial if p.use.leaf not in biased and not other.is_data)
 
 
-def _is_bias_of(recorder: Recorder, track: Track, neurons: Track) -> bool:
+def _is_bias_of(recorder: Recorder, view: LeafView, neurons: LeafView) -> bool:
     """Whether a parameter has one number for every neuron, and no more."""
-    if track.changed or track.is_indexed or track.is_multiple:
+    if view.changed or view.is_indexed or view.is_multiple:
         return False
-    for one in (track, neurons):
+    for one in (view, neurons):
         shape = recorder.shape(one.leaf)
         present = leaf_axes(one.layout)
         if not all(is_complete(one.layout, axis, shape[axis]) for axis in present):
             return False
-    picked = {axis for axis in track.stacked if recorder.shape(track.leaf)[axis] > 1}
+    picked = {axis for axis in view.stacked if recorder.shape(view.leaf)[axis] > 1}
     if picked and not neurons.stacked:
         return False  # a part of something larger
     return all(
@@ -228,7 +228,7 @@ def _is_bias_of(recorder: Recorder, track: Track, neurons: Track) -> bool:
         if is_repeated(bias) or is_repeated(features)
         else not any(atom.axis is None for atom in bias.atoms)
         and (bias.length, bias.offset) == (features.length, features.offset)
-        for bias, features in zip(track.layout, neurons.layout, strict=True)
+        for bias, features in zip(view.layout, neurons.layout, strict=True)
     )
 
 
@@ -239,13 +239,13 @@ def _select_n(recorder: Recorder, eqn: Any, ins: Sequence[Info]) -> list[Info]:
         end(recorder, eqn, "added token", *(x for x in ins[1:] if not x.is_activation))
         partial = () if sources & DATA or ins[0].is_activation else displaced(ins)
         return [Info(sources=sources, constant=constant, partial=partial)]
-    tracks = [_selected(_masked(t, ins[0]), ins[0]) for x in ins[1:] for t in x.tracks]
-    return [Info(tuple(tracks), (), sources, constant)]
+    views = [_selected(_masked(t, ins[0]), ins[0]) for x in ins[1:] for t in x.views]
+    return [Info(tuple(views), (), sources, constant)]
 
 
-def _selected(track: Track, which: Info) -> Track:
-    changed = track.changed or ("select_n" if which.depends_on(track.leaf) else None)
-    return track.moved(track.layout, is_intact=False, changed=changed)
+def _selected(view: LeafView, which: Info) -> LeafView:
+    changed = view.changed or ("select_n" if which.depends_on(view.leaf) else None)
+    return view.moved(view.layout, is_intact=False, changed=changed)
 
 
 NONLINEAR = (

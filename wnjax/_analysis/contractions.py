@@ -20,7 +20,7 @@ from wnjax._analysis.rules import (
     shapes,
     sources_of,
     unknown,
-    without_ride,
+    unscalable,
 )
 from wnjax._analysis.sizes import is_long
 from wnjax._analysis.views import (
@@ -28,8 +28,8 @@ from wnjax._analysis.views import (
     CAPTURED,
     OWN_STATISTICS,
     Info,
+    LeafView,
     PartialSum,
-    Track,
     Use,
     has_copies,
     united,
@@ -146,7 +146,7 @@ def _continue(
 
 def _takes_part(info: Info, call: Hashable) -> bool:
     """Whether a value holds a weight, or what the same call of `einsum` has made of one."""
-    return bool(info.tracks) or any(partial.call == call for partial in info.partial)
+    return bool(info.views) or any(partial.call == call for partial in info.partial)
 
 
 def _extended(use: Use, summed: frozenset[int], kept: frozenset[int], refusal: str | None) -> Use:
@@ -154,7 +154,9 @@ def _extended(use: Use, summed: frozenset[int], kept: frozenset[int], refusal: s
     if refusal is None and (partly := sorted(summed & kept)):
         refusal = f"only part of axis {partly[0]} is summed"
     fan_in, features = use.fan_in | summed, use.features - (summed - kept)
-    return dataclasses.replace(use, fan_in=fan_in, features=features, refusal=refusal, rides=False)
+    return dataclasses.replace(
+        use, fan_in=fan_in, features=features, refusal=refusal, is_scalable=False
+    )
 
 
 def _ragged_dot(recorder: Recorder, eqn: Any, ins: Sequence[Info]) -> list[Info]:
@@ -165,7 +167,7 @@ def _ragged_dot(recorder: Recorder, eqn: Any, ins: Sequence[Info]) -> list[Info]
     if not groups:  # only gradients have ragged sums
         return unknown(recorder, eqn, [weight])
     # The groups have no axis in the output, so that no factor can be put there.
-    weight = without_ride(weight)
+    weight = unscalable(weight)
     places = [None if dim in summed else 0 for dim in range(len(shapes(eqn)[1]))]
     partial = _continued(recorder, eqn, ins, [None, None])
     out = _consume(recorder, eqn, Operand(1, weight, places), inputs)
@@ -175,10 +177,10 @@ def _ragged_dot(recorder: Recorder, eqn: Any, ins: Sequence[Info]) -> list[Info]
 def _weight_side(recorder: Recorder, eqn: Any, ins: Sequence[Info]) -> int | None:
     """Which operand of a product is the weight; None if neither is."""
     ranks = [_rank(info) for info in ins]
-    if not ins[0].tracks and not ins[1].tracks:
+    if not ins[0].views and not ins[1].views:
         return None
     if ranks[0] == ranks[1]:
-        if not all(track.is_indexed for info in ins for track in info.tracks):
+        if not all(view.is_indexed for info in ins for view in info.views):
             is_einsum = recorder.einsum_call(eqn) is not None
             kind = SEVERAL_WEIGHTS if is_einsum else "product of two parameters"
             end(recorder, eqn, kind, *ins)
@@ -190,14 +192,14 @@ def _weight_side(recorder: Recorder, eqn: Any, ins: Sequence[Info]) -> int | Non
 
 def _rank(info: Info) -> int:
     """How unlike a weight a value is: of two operands, the lower is the weight."""
-    tracks = info.tracks
-    if not tracks:
+    views = info.views
+    if not views:
         return 4
-    if any(track.changed for track in tracks):
+    if any(view.changed for view in views):
         return 3
-    if any(track.is_indexed for track in tracks):
+    if any(view.is_indexed for view in views):
         return 2
-    return 1 if any(map(has_copies, tracks)) else 0
+    return 1 if any(map(has_copies, views)) else 0
 
 
 def _consume(recorder: Recorder, eqn: Any, weight: Operand, other: Info) -> Info:
@@ -209,21 +211,21 @@ def _consume(recorder: Recorder, eqn: Any, weight: Operand, other: Info) -> Info
     if call is not None and _takes_part(other, call.place):
         refusal = SEVERAL_WEIGHTS
     partial, sums, sources = [], [], info.sources | other.sources
-    for track in info.tracks:
-        summed = atoms_of(axis for axis, at in zip(track.layout, places, strict=True) if at is None)
-        if track.is_indexed and any(atom.stride == 0 and atom.axis is not None for atom in summed):
+    for view in info.views:
+        summed = atoms_of(axis for axis, at in zip(view.layout, places, strict=True) if at is None)
+        if view.is_indexed and any(atom.stride == 0 and atom.axis is not None for atom in summed):
             continue  # a sum over what was looked up
-        use = _use(recorder, eqn, weight, track, refusal)
+        use = _use(recorder, eqn, weight, view, refusal)
         if not use.fan_in:
-            recorder.note(track.leaf, "scale", eqn)
+            recorder.note(view.leaf, "scale", eqn)
             continue
-        alone = len(info.tracks) == 1 and all(axis.is_whole for axis in track.layout)
-        use = dataclasses.replace(use, rides=use.rides and alone)
+        alone = len(info.views) == 1 and all(axis.is_whole for axis in view.layout)
+        use = dataclasses.replace(use, is_scalable=use.is_scalable and alone)
         recorder.use(use)
         sources |= ACTIVATION
         if use.refusal is not None:
             continue
-        sums.append(Track(track.leaf, use.layout, track.stacked, track.scanned))
+        sums.append(LeafView(view.leaf, use.layout, view.stacked, view.scanned))
         if place is not None or _is_captured(other):
             partial.append(PartialSum(use, use.layout, place, _is_captured(other)))
     return Info((), tuple(sums), sources, partial=tuple(partial))
@@ -234,19 +236,19 @@ def _is_captured(info: Info) -> bool:
     return info.sources == CAPTURED or any(p.is_constant for p in info.partial)
 
 
-def _use(recorder: Recorder, eqn: Any, weight: Operand, track: Track, refusal: str | None) -> Use:
+def _use(recorder: Recorder, eqn: Any, weight: Operand, view: LeafView, refusal: str | None) -> Use:
     number, _, places = weight
-    pairs = list(zip(track.layout, places, strict=True))
+    pairs = list(zip(view.layout, places, strict=True))
     summed = atoms_of(axis for axis, place in pairs if place is None)
     kept = atoms_of(axis for axis, place in pairs if place is not None)
-    shape = recorder.shape(track.leaf)
+    shape = recorder.shape(view.leaf)
     fan_in = {atom.axis for atom in summed if atom.axis is not None}
     features = {atom.axis for atom in kept if atom.axis is not None}
-    features |= {axis for axis in track.stacked if shape[axis] > 1}
-    if track.changed:
-        refusal = refusal or _refusal(track.changed)
+    features |= {axis for axis in view.stacked if shape[axis] > 1}
+    if view.changed:
+        refusal = refusal or _refusal(view.changed)
     for axis in fan_in & features:
-        is_kept = axis in track.stacked or any(a.axis == axis and is_long(a.size) for a in kept)
+        is_kept = axis in view.stacked or any(a.axis == axis and is_long(a.size) for a in kept)
         is_summed = any(a.axis == axis and is_long(a.size) for a in summed)
         (fan_in if is_kept else features).remove(axis)
         if is_kept and is_summed:
@@ -255,21 +257,21 @@ def _use(recorder: Recorder, eqn: Any, weight: Operand, track: Track, refusal: s
     site, size = recorder.site(eqn), math.prod(eqn.outvars[0].aval.shape)
     dtype = eqn.outvars[0].aval.dtype
     is_real = jnp.issubdtype(dtype, jnp.floating)
-    rides = track.is_intact and is_real and refusal is None and site.is_direct
-    narrow = track.is_narrow or is_narrow(dtype)
+    is_scalable = view.is_intact and is_real and refusal is None and site.is_direct
+    narrow = view.is_narrow or is_narrow(dtype)
     return Use(
-        track.leaf,
+        view.leaf,
         frozenset(fan_in),
         frozenset(features),
         refusal,
         site,
         number,
-        _lay_out(eqn, track.layout, places),
+        _lay_out(eqn, view.layout, places),
         size,
-        rides,
+        is_scalable,
         narrow,
-        track.scanned,
-        is_masked=not track.masked.isdisjoint(fan_in),
+        view.scanned,
+        is_masked=not view.masked.isdisjoint(fan_in),
     )
 
 

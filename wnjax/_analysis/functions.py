@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 
 import jax
 
-from wnjax._analysis.jaxprs import Walk, captured_info, leaf_info
+from wnjax._analysis.jaxprs import JaxprAnalyzer, captured_info, leaf_info
 from wnjax._analysis.plain_weights import plain_weights
 from wnjax._analysis.trace import Traced, Tracer
 from wnjax._analysis.views import ACTIVATION, DATA, Info
 from wnjax._axes.decisions import beside_parameters
-from wnjax._leaves.gv import Node, weight
+from wnjax._leaves.gv import GVLeaf, weight
 from wnjax._leaves.trees import (
     flatten,
     fold_leaf,
@@ -22,7 +22,7 @@ from wnjax._leaves.trees import (
     outer_box,
     rebox,
     unbox,
-    unbox_node,
+    unbox_gv,
 )
 
 
@@ -32,15 +32,15 @@ class Analysis(NamedTuple):
     Attributes:
       traced: the function.
       infos: what is known of its constants and inputs.
-      walk: what happens to each leaf of the parameters.
-      plain: the parameters, with shapes and dtypes of weights in the place of nodes.
+      analysis: what happens to each leaf of the parameters.
+      plain: the parameters, with shapes and dtypes of weights in the place of (g, v) leaves.
       paths: of the leaves of `plain`.
       arrays: the leaves, without boxes.
     """
 
     traced: Traced
     infos: list[Info]
-    walk: Walk
+    records: JaxprAnalyzer
     plain: Any
     paths: list[str]
     arrays: list[Any]
@@ -58,7 +58,7 @@ class Analyzer:
         self._tracer = Tracer(fn)
 
     def __call__(self, params: Any, /, *args: Any, **kwargs: Any) -> Analysis:
-        """Traces `fn(params, *args, **kwargs)`, with weights in the place of nodes.
+        """Traces `fn(params, *args, **kwargs)`, with weights in the place of (g, v) leaves.
 
         Raises:
           ValueError: if `fn` needs values of the data, or uses axis names that nothing binds.
@@ -70,33 +70,33 @@ class Analyzer:
         paths, arrays = [path for path, _ in leaves], [unbox(leaf) for _, leaf in leaves]
         if "analyzed" not in traced.memo:
             infos = _input_infos(traced, arrays, plain)
-            walk = Walk([getattr(array, "shape", ()) for array in arrays])
-            walk.analyze(traced.jaxpr, infos)
-            traced.memo["analyzed"] = infos, walk
-        infos, walk = traced.memo["analyzed"]
-        return Analysis(traced, infos, walk, plain, paths, arrays)
+            records = JaxprAnalyzer([getattr(array, "shape", ()) for array in arrays])
+            records.analyze(traced.jaxpr, infos)
+            traced.memo["analyzed"] = infos, records
+        infos, records = traced.memo["analyzed"]
+        return Analysis(traced, infos, records, plain, paths, arrays)
 
 
 def _fold_abstractly(params: Any) -> Any:
-    """`params` with shapes and dtypes alone in the place of nodes."""
+    """`params` with shapes and dtypes alone in the place of (g, v) leaves."""
 
     def shape_of(path: str, leaf: Any) -> Any:
-        node = unbox_node(leaf)
-        if node is None:
+        gv = unbox_gv(leaf)
+        if gv is None:
             return rebox(leaf, unbox(leaf))
-        if any(isinstance(array, jax.ShapeDtypeStruct) for array in node):
+        if any(isinstance(array, jax.ShapeDtypeStruct) for array in gv):
             return fold_leaf(path, leaf)
-        kind: Any = type(node)
+        kind: Any = type(gv)
         try:
-            return rebox(outer_box(leaf), _folded(kind, *map(jax.typeof, node)))
+            return rebox(outer_box(leaf), _folded(kind, *map(jax.typeof, gv)))
         except ValueError as error:
-            raise ValueError(f"{path or 'the node'}: {error}") from error
+            raise ValueError(f"{path or 'the gv'}: {error}") from error
 
     return map_leaves(shape_of, params)
 
 
 @functools.lru_cache(maxsize=256)
-def _folded(kind: Callable[..., Node], *types: Any) -> Any:
+def _folded(kind: Callable[..., GVLeaf], *types: Any) -> Any:
     return jax.eval_shape(lambda *arrays: weight(kind(*arrays)), *types)
 
 

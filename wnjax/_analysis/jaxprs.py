@@ -1,6 +1,6 @@
-"""The walk over a jaxpr: follows every leaf of the parameters to where it is summed over.
+"""The analysis of a jaxpr: follows every leaf of the parameters to where it is summed over.
 
-One forward pass of abstract interpretation: `_rules` says what a primitive does to the tracks,
+One forward pass of abstract interpretation: `_rules` says what a primitive does to the views,
 this module how they enter and leave nested jaxprs. It reads types and equations alone.
 """
 
@@ -30,7 +30,7 @@ from wnjax._analysis.rules import (
     move,
     sources_of,
     unknown,
-    without_ride,
+    unscalable,
 )
 from wnjax._analysis.sizes import is_long
 from wnjax._analysis.views import (
@@ -38,9 +38,9 @@ from wnjax._analysis.views import (
     FIRST_LEAF,
     Bias,
     Info,
+    LeafView,
     Note,
     Site,
-    Track,
     Use,
     is_repeated,
     united,
@@ -66,7 +66,7 @@ def inputs_of(jaxpr: Any) -> list[Any]:
 
 def leaf_info(leaf: int, shape: Sequence[int]) -> Info:
     """What is known of leaf number `leaf` itself."""
-    return Info((Track(leaf, layout.of_leaf(shape)),), (), FIRST_LEAF << leaf)
+    return Info((LeafView(leaf, layout.of_leaf(shape)),), (), FIRST_LEAF << leaf)
 
 
 def captured_info(value: Any) -> Info:
@@ -119,12 +119,12 @@ def _shape(var: Any) -> Any:
     return getattr(var.aval, "shape", None)
 
 
-class Walk:
+class JaxprAnalyzer:
     """One pass over a function. Collects what happens to each of its leaves.
 
     Attributes:
       uses: sums over axes of a leaf.
-      notes: everything else that ends its track.
+      notes: everything else that ends its view.
       biases: sums of the outputs of neurons with their biases.
       needed: leaves of which something else needs the value: the output of the function, say.
     """
@@ -163,9 +163,9 @@ class Walk:
         """Records anything else that happens to a leaf."""
         self.notes.append(Note(leaf, kind, self.site(eqn)))
 
-    def bias(self, neurons: Track, bias: Track, operand: int, eqn: Any) -> None:
+    def bias(self, neurons: LeafView, bias: LeafView, operand: int, eqn: Any) -> None:
         """Records that one leaf is added to the sums of another's neurons."""
-        depths = [{depth for _, depth in track.scanned} for track in (neurons, bias)]
+        depths = [{depth for _, depth in view.scanned} for view in (neurons, bias)]
         is_in_all_loops = self._loops <= depths[0] & depths[1]
         where = self.site(eqn), operand, bias.layout, bias.scanned, is_in_all_loops
         self.biases.append(Bias(neurons.leaf, bias.leaf, *where))
@@ -188,7 +188,7 @@ class Walk:
     def analyze(self, jaxpr: Any, ins: Sequence[Info]) -> None:
         """Records what happens to the leaves in an open jaxpr, given its constants and inputs."""
         for info in self.run(jaxpr, ins):
-            self.needed |= {track.leaf for track in info.tracks}
+            self.needed |= {view.leaf for view in info.views}
 
     def run(self, jaxpr: Any, ins: Sequence[Info]) -> list[Info]:
         """What is known of the outputs of an open jaxpr, given its constants and inputs."""
@@ -244,7 +244,7 @@ class Walk:
         is_direct = eqn.primitive in CALLS and not eqn.params.get("differentiated")
         with self.inside(eqn, is_direct=is_direct):
             outs = self.run(jaxpr, [*map(captured_info, consts), *ins])
-        return outs if is_direct else list(map(without_ride, outs))
+        return outs if is_direct else list(map(unscalable, outs))
 
     def scan(self, eqn: Any, ins: Sequence[Info]) -> list[Info]:
         """The steps run over the first axes of what is scanned."""
@@ -258,8 +258,8 @@ class Walk:
         first, carried = scan_parts(eqn.params)
         carry = ins[first : first + carried]
         for info in outs[carried:]:
-            for track in info.tracks:
-                self.note(track.leaf, "unknown operation scan (stacked outputs)", eqn)
+            for view in info.views:
+                self.note(view.leaf, "unknown operation scan (stacked outputs)", eqn)
         after = self._joined(eqn, carry, outs[:carried])
         return [*after, *map(_opaque, outs[carried:])]
 
@@ -278,20 +278,20 @@ class Walk:
 
     def _sliced(self, info: Info) -> Info:
         """What one step of a scan sees of an operand that the scan runs over."""
-        tracks = []
-        for track in info.tracks:
-            axis = self.scanned_axis(track)
-            scanned = track.scanned if axis is None else track.scanned | {(axis, self.depth)}
-            is_intact = track.is_intact and (axis is not None or is_repeated(track.layout[0]))
-            tracks.append(track.moved(track.layout[1:], scanned=scanned, is_intact=is_intact))
+        views = []
+        for view in info.views:
+            axis = self.scanned_axis(view)
+            scanned = view.scanned if axis is None else view.scanned | {(axis, self.depth)}
+            is_intact = view.is_intact and (axis is not None or is_repeated(view.layout[0]))
+            views.append(view.moved(view.layout[1:], scanned=scanned, is_intact=is_intact))
         constant = frozenset(axis - 1 for axis in info.constant if axis)
         partial = [one for p in info.partial if (one := p.moved(lambda x: x[1:])) is not None]
-        return Info(tuple(tracks), (), info.sources, constant, tuple(partial))
+        return Info(tuple(views), (), info.sources, constant, tuple(partial))
 
-    def scanned_axis(self, track: Track) -> int | None:
+    def scanned_axis(self, view: LeafView) -> int | None:
         """The axis of its leaf that the first axis of a value is; None if it is no whole axis."""
-        atoms = track.layout[0].atoms
-        whole = [layout.Atom(axis, 1, n) for axis, n in enumerate(self.shapes[track.leaf])]
+        atoms = view.layout[0].atoms
+        whole = [layout.Atom(axis, 1, n) for axis, n in enumerate(self.shapes[view.leaf])]
         return atoms[0].axis if len(atoms) == 1 and atoms[0] in whole else None
 
     def _fixpoint(self, eqn: Any, carry: list[Info], step: Any) -> list[Info]:
@@ -307,11 +307,11 @@ class Walk:
         return carry
 
     def _joined(self, eqn: Any, carry: Sequence[Info], after: Sequence[Info]) -> list[Info]:
-        """What holds of carried values before and after; the rest of their tracks ends here."""
+        """What holds of carried values before and after; the rest of their views ends here."""
         joined = [_join(a, b) for a, b in zip(carry, after, strict=True)]
         for infos, common in zip(zip(carry, after, strict=True), joined, strict=True):
-            for track in {track for info in infos for track in info.tracks} - {*common.tracks}:
-                self.note(track.leaf, "unknown operation: changed by the steps of a loop", eqn)
+            for view in {view for info in infos for view in info.views} - {*common.views}:
+                self.note(view.leaf, "unknown operation: changed by the steps of a loop", eqn)
         return joined
 
     def while_loop(self, eqn: Any, ins: Sequence[Info]) -> list[Info]:
@@ -328,7 +328,7 @@ class Walk:
             after = self._joined(eqn, carry, self.run(body, [*for_body, *carry]))
         with self.inside(eqn, 1, is_direct=False):
             self.run(cond, [*for_cond, *carry])
-        return list(map(without_ride, after))
+        return list(map(unscalable, after))
 
     def cond(self, eqn: Any, ins: Sequence[Info]) -> list[Info]:
         """All branches; an output may be any of theirs."""
@@ -360,15 +360,15 @@ class Walk:
     def _local_shapes(self, infos: Sequence[Info]) -> list[tuple[int, ...]]:
         """The shapes of the leaves, of those that `infos` hold as one device has them."""
         shapes = list(self.shapes)
-        for track in itertools.chain(*(info.tracks for info in infos)):
-            sizes = list(shapes[track.leaf])
-            for axis in layout.leaf_axes(track.layout):
-                atoms = [a for a in layout.atoms_of(track.layout) if a.axis == axis]
+        for view in itertools.chain(*(info.views for info in infos)):
+            sizes = list(shapes[view.leaf])
+            for axis in layout.leaf_axes(view.layout):
+                atoms = [a for a in layout.atoms_of(view.layout) if a.axis == axis]
                 sizes[axis] = math.prod(atom.size for atom in atoms)
-            shapes[track.leaf] = tuple(sizes)
+            shapes[view.leaf] = tuple(sizes)
         return shapes
 
-    # Where the walk is.
+    # Where the analysis is.
 
     @contextlib.contextmanager
     def inside(
@@ -424,18 +424,15 @@ class Walk:
 def _intact(infos: Sequence[Info]) -> set[int]:
     """The leaves of which values are rearrangements that still allow a scale on the output."""
     return {
-        track.leaf
-        for info in infos
-        for track in info.tracks
-        if track.is_intact and not track.changed
+        view.leaf for info in infos for view in info.views if view.is_intact and not view.changed
     }
 
 
 def _join(a: Info, b: Info) -> Info:
     """What holds of a value that may be either of two."""
     return Info(
-        tuple(track for track in a.tracks if track in b.tracks),
-        tuple(track for track in a.sums if track in b.sums),
+        tuple(view for view in a.views if view in b.views),
+        tuple(view for view in a.sums if view in b.sums),
         a.sources | b.sources,
         a.constant & b.constant,
         united((*a.partial, *b.partial)),
@@ -449,12 +446,11 @@ def _opaque(info: Info) -> Info:
 
 def _either(which: Info, infos: Sequence[Info]) -> Info:
     """What is known of the output of one of several branches."""
-    tracks = dict.fromkeys(itertools.chain(*(info.tracks for info in infos)))
+    views = dict.fromkeys(itertools.chain(*(info.views for info in infos)))
     is_indexed = which.is_activation
     return Info(
         tuple(
-            t.moved(t.layout, is_indexed=t.is_indexed or is_indexed, is_intact=False)
-            for t in tracks
+            t.moved(t.layout, is_indexed=t.is_indexed or is_indexed, is_intact=False) for t in views
         ),
         tuple(t for t in infos[0].sums if all(t in info.sums for info in infos)),
         which.sources | sources_of(infos),

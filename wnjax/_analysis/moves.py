@@ -30,15 +30,15 @@ from wnjax._analysis.rules import (
     shapes,
     sources_of,
     unknown,
-    without_ride,
+    unscalable,
 )
 from wnjax._analysis.sizes import is_known, is_less
-from wnjax._analysis.views import ACTIVATION, DATA, Info, PartialSum, Track, is_repeated
+from wnjax._analysis.views import ACTIVATION, DATA, Info, LeafView, PartialSum, is_repeated
 
 
 def _neg(recorder: Recorder, eqn: Any, ins: Sequence[Info]) -> list[Info]:
-    tracks = tuple(dataclasses.replace(track, is_multiple=True) for track in ins[0].tracks)
-    return [dataclasses.replace(ins[0], tracks=tracks, sums=())]
+    views = tuple(dataclasses.replace(view, is_multiple=True) for view in ins[0].views)
+    return [dataclasses.replace(ins[0], views=views, sums=())]
 
 
 def _reduce_precision(recorder: Recorder, eqn: Any, ins: Sequence[Info]) -> list[Info]:
@@ -52,7 +52,7 @@ def same(recorder: Recorder, eqn: Any, ins: Sequence[Info]) -> list[Info]:
 
 def _stop_gradient(recorder: Recorder, eqn: Any, ins: Sequence[Info]) -> list[Info]:
     """Not intact: a factor on the output would let the gradient through."""
-    return [without_ride(ins[0])]
+    return [unscalable(ins[0])]
 
 
 def _transpose(recorder: Recorder, eqn: Any, ins: Sequence[Info]) -> list[Info]:
@@ -141,11 +141,11 @@ def _looked_up(recorder: Recorder, eqn: Any, out: Info, indices: Sequence[Info])
     """The outcome of indexing; if the indices are data, it is no plain part of the leaf."""
     sources = out.sources | sources_of(indices)
     if not sources_of(indices):
-        return Info(out.tracks, (), sources, partial=out.partial)
-    for track in out.tracks:
-        recorder.note(track.leaf, "lookup table", eqn)
-    tracks = tuple(t.moved(t.layout, is_indexed=True) for t in out.tracks)
-    return Info(tracks, (), sources, partial=out.partial)
+        return Info(out.views, (), sources, partial=out.partial)
+    for view in out.views:
+        recorder.note(view.leaf, "lookup table", eqn)
+    views = tuple(t.moved(t.layout, is_indexed=True) for t in out.views)
+    return Info(views, (), sources, partial=out.partial)
 
 
 def _gather(recorder: Recorder, eqn: Any, ins: Sequence[Info]) -> list[Info]:
@@ -182,14 +182,14 @@ def _joined(
     if sources & ACTIVATION:
         end(recorder, eqn, "added token", *(x for x in ins if not x.is_activation))
         return [Info(sources=sources, partial=() if sources & DATA else displaced(ins))]
-    tracks, start, total = [], 0, eqn.outvars[0].aval.shape[axis]
+    views, start, total = [], 0, eqn.outvars[0].aval.shape[axis]
     for info, size in zip(ins, sizes, strict=True):
-        for track in info.tracks:
-            layout = list(track.layout)
+        for view in info.views:
+            layout = list(view.layout)
             layout[axis] = Axis(layout[axis].atoms, layout[axis].offset + start, total)
-            tracks.append(track.moved(tuple(layout), is_intact=False))
+            views.append(view.moved(tuple(layout), is_intact=False))
         start += size
-    return [Info(tuple(tracks), (), sources)]
+    return [Info(tuple(views), (), sources)]
 
 
 def _stack(recorder: Recorder, eqn: Any, ins: Sequence[Info]) -> list[Info]:
@@ -240,7 +240,7 @@ def _dynamic_update_slice(recorder: Recorder, eqn: Any, ins: Sequence[Info]) -> 
         return tuple(map(_placed, layout, shape, sizes, literals))
 
     moved = move(recorder, eqn, part, to, is_intact=False)
-    return [Info((*_overwritten(whole), *moved.tracks), (), sources)]
+    return [Info((*_overwritten(whole), *moved.views), (), sources)]
 
 
 def _placed(axis: Axis, size: int, of_part: int, start: Any) -> Axis:
@@ -253,11 +253,9 @@ def _placed(axis: Axis, size: int, of_part: int, start: Any) -> Axis:
     return Axis(axis.atoms, axis.offset + first, size)
 
 
-def _overwritten(info: Info) -> tuple[Track, ...]:
-    """The tracks of a value of which a part is replaced, as if by a mask."""
-    return tuple(
-        t.moved(t.layout, is_intact=False, masked=long_axes(t.layout)) for t in info.tracks
-    )
+def _overwritten(info: Info) -> tuple[LeafView, ...]:
+    """The views of a value of which a part is replaced, as if by a mask."""
+    return tuple(t.moved(t.layout, is_intact=False, masked=long_axes(t.layout)) for t in info.views)
 
 
 def _scatter(recorder: Recorder, eqn: Any, ins: Sequence[Info]) -> list[Info]:
@@ -298,7 +296,7 @@ def _reduce_sum(recorder: Recorder, eqn: Any, ins: Sequence[Info]) -> list[Info]
         is_partial = all(is_repeated(layout[i]) for i in summed)
         return tuple(x for i, x in enumerate(layout) if i not in summed) if is_partial else None
 
-    out = move(recorder, eqn, dataclasses.replace(ins[0], tracks=(), partial=()), to)
+    out = move(recorder, eqn, dataclasses.replace(ins[0], views=(), partial=()), to)
     return [dataclasses.replace(out, partial=tuple(partial))]
 
 
@@ -319,7 +317,7 @@ def _summed(recorder: Recorder, eqn: Any, info: Info, partial: PartialSum) -> Pa
 def _psum(recorder: Recorder, eqn: Any, ins: Sequence[Info]) -> list[Info]:
     """The same over the axes of a mesh."""
     end(recorder, eqn, f"unknown operation {eqn.primitive.name}", *ins)
-    return [dataclasses.replace(info, tracks=()) for info in ins]
+    return [dataclasses.replace(info, views=()) for info in ins]
 
 
 IDENTITIES = (

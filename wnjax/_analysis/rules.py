@@ -1,7 +1,7 @@
-"""What each primitive does to the tracks of its operands.
+"""What each primitive does to the views of its operands.
 
 The tables are in `moves`, `arithmetic` and `sums`. A primitive that is in none of them ends the
-tracks, and the walk says so: nothing is guessed.
+views, and the analysis says so: nothing is guessed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.extend.core import Primitive, primitives
 
 from wnjax._analysis.layout import Layout, NoLayout
-from wnjax._analysis.views import Info, PartialSum, Site, Track, Use, united
+from wnjax._analysis.views import Info, LeafView, PartialSum, Site, Use, united
 
 
 class EinsumCall(NamedTuple):
@@ -37,7 +37,7 @@ class Recorder(Protocol):
     def use(self, use: Use) -> None: ...
     def revise(self, use: Use) -> None: ...
     def note(self, leaf: int, kind: str, eqn: Any) -> None: ...
-    def bias(self, neurons: Track, bias: Track, operand: int, eqn: Any) -> None: ...
+    def bias(self, neurons: LeafView, bias: LeafView, operand: int, eqn: Any) -> None: ...
     def shape(self, leaf: int) -> tuple[int, ...]: ...
     def site(self, eqn: Any) -> Site: ...
     def einsum_call(self, eqn: Any) -> EinsumCall | None: ...
@@ -59,8 +59,8 @@ def by_primitive(rules: Mapping[str, Rule]) -> dict[Any, Rule]:
 def unknown(recorder: Recorder, eqn: Any, ins: Sequence[Info]) -> list[Info]:
     """The rule of everything else."""
     for info in ins:
-        for track in info.tracks:
-            recorder.note(track.leaf, f"unknown operation {eqn.primitive.name}", eqn)
+        for view in info.views:
+            recorder.note(view.leaf, f"unknown operation {eqn.primitive.name}", eqn)
     return [Info(sources=sources_of(ins), partial=displaced(ins)) for _ in eqn.outvars]
 
 
@@ -78,14 +78,14 @@ def is_narrow(dtype: Any) -> bool:
 
 def narrowed(info: Info) -> Info:
     """The same value in a dtype of a narrow range."""
-    tracks = tuple(dataclasses.replace(track, is_narrow=True) for track in info.tracks)
-    return dataclasses.replace(info, tracks=tracks)
+    views = tuple(dataclasses.replace(view, is_narrow=True) for view in info.views)
+    return dataclasses.replace(info, views=views)
 
 
-def without_ride(info: Info) -> Info:
+def unscalable(info: Info) -> Info:
     """The same value, on whose output no scale may be put any more."""
-    tracks = tuple(dataclasses.replace(track, is_intact=False) for track in info.tracks)
-    return dataclasses.replace(info, tracks=tracks)
+    views = tuple(dataclasses.replace(view, is_intact=False) for view in info.views)
+    return dataclasses.replace(info, views=views)
 
 
 def sources_of(ins: Sequence[Info]) -> int:
@@ -105,27 +105,27 @@ def move(
     **changes: Any,
 ) -> Info:
     """What is known of a rearrangement of a value, given what it does to a layout."""
-    tracks, sums = [], []
-    for track in info.tracks:
+    views, sums = [], []
+    for view in info.views:
         try:
-            layout = to(track.layout)
+            layout = to(view.layout)
         except NoLayout:
-            recorder.note(track.leaf, f"unknown operation {eqn.primitive.name}", eqn)
+            recorder.note(view.leaf, f"unknown operation {eqn.primitive.name}", eqn)
             continue
         if layout is not None:
-            tracks.append(track.moved(layout, **changes))
-    for track in info.sums:
+            views.append(view.moved(layout, **changes))
+    for view in info.sums:
         try:
-            layout = to(track.layout)
+            layout = to(view.layout)
         except NoLayout:
             continue
         if layout is not None:
-            sums.append(track.moved(layout))
+            sums.append(view.moved(layout))
     partial = [one for p in info.partial if (one := p.moved(to)) is not None]
-    return Info(tuple(tracks), tuple(sums), info.sources, constant, tuple(partial))
+    return Info(tuple(views), tuple(sums), info.sources, constant, tuple(partial))
 
 
 def end(recorder: Recorder, eqn: Any, kind: str, *ins: Info) -> None:
     for info in ins:
-        for track in info.tracks:
-            recorder.note(track.leaf, kind, eqn)
+        for view in info.views:
+            recorder.note(view.leaf, kind, eqn)

@@ -1,4 +1,4 @@
-"""What the walk over a jaxpr knows of each value, and what it writes down."""
+"""What the analysis of a jaxpr knows of each value, and what it writes down."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ OWN_STATISTICS = "own statistics"  # what changed a leaf that is divided by its 
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Track:
+class LeafView:
     """A leaf of which a value is a rearrangement.
 
     Attributes:
@@ -46,8 +46,8 @@ class Track:
     is_narrow: bool = False
     masked: frozenset[int] = frozenset()
 
-    def moved(self, layout: Layout, **changes: Any) -> Track:
-        """The track with another layout; the axes that are no longer in it were picked from."""
+    def moved(self, layout: Layout, **changes: Any) -> LeafView:
+        """The view with another layout; the axes that are no longer in it were picked from."""
         gone = leaf_axes(self.layout) - leaf_axes(layout)
         return dataclasses.replace(self, layout=layout, stacked=self.stacked | gone, **changes)
 
@@ -57,15 +57,15 @@ class Info:
     """What is known of a value.
 
     Attributes:
-      tracks: the leaves that it is a rearrangement of; several after a concatenation.
+      views: the leaves that it is a rearrangement of; several after a concatenation.
       sums: the weights whose neurons' sums it is, laid out by their feature axes.
       sources: what it depends on: a set of bits.
       constant: axes along which it repeats.
       partial: the sums over axes of weights that it holds, and that may not be over yet.
     """
 
-    tracks: tuple[Track, ...] = ()
-    sums: tuple[Track, ...] = ()
+    views: tuple[LeafView, ...] = ()
+    sums: tuple[LeafView, ...] = ()
     sources: int = 0
     constant: frozenset[int] = frozenset()
     partial: tuple[PartialSum, ...] = ()
@@ -132,7 +132,8 @@ class Use:
       operand: which operand of the equation the leaf is.
       layout: where its other axes lie in the output.
       output_size: the number of elements of the output.
-      rides: whether a factor of the weight's features can be put on the output instead.
+      may go on the output: whether a factor of the weight's features can be put on the output
+      instead.
       is_narrow: whether it is computed in a dtype of a narrow range, such as float16.
       scanned: the axes of the leaf that scans around this run over, and how deep these are nested.
       is_masked: whether a constant factor of the weight varies along `fan_in`.
@@ -146,7 +147,7 @@ class Use:
     operand: int
     layout: Layout
     output_size: int
-    rides: bool
+    is_scalable: bool
     is_narrow: bool
     scanned: frozenset[tuple[int, int]]
     is_masked: bool = False
@@ -235,9 +236,9 @@ def is_repeated(axis: Axis) -> bool:
     return all(atom.axis is None or atom.size == 1 for atom in axis.atoms)
 
 
-def has_copies(track: Track) -> bool:
+def has_copies(view: LeafView) -> bool:
     """Whether the value holds its leaf several times."""
     return any(
         is_long(atom.size) and (atom.axis is None or atom.stride == 0)
-        for atom in atoms_of(track.layout)
+        for atom in atoms_of(view.layout)
     )

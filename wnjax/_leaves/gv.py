@@ -1,4 +1,4 @@
-"""The two nodes that stand where a weight stood, and their arithmetic."""
+"""The two (g, v) leaves that stand where a weight stood, and their arithmetic."""
 
 from __future__ import annotations
 
@@ -73,8 +73,8 @@ class LogWeightNorm(NamedTuple):
 
     >>> import jax.numpy as jnp
     >>> import wnjax
-    >>> node = wnjax.LogWeightNorm(log_g=jnp.zeros((1, 1)), v=jnp.array([[3.0], [4.0]]))
-    >>> wnjax.fold(node).round(6)
+    >>> gv = wnjax.LogWeightNorm(log_g=jnp.zeros((1, 1)), v=jnp.array([[3.0], [4.0]]))
+    >>> wnjax.fold(gv).round(6)
     Array([[0.6],
            [0.8]], dtype=float32)
     """
@@ -98,13 +98,13 @@ class LogWeightNorm(NamedTuple):
         return _array(self.v).ndim  # type: ignore[no-any-return]
 
 
-Node = WeightNorm | LogWeightNorm
-NODES = frozenset({WeightNorm, LogWeightNorm})
-for _node in NODES:
-    jax.export.register_namedtuple_serialization(_node, serialized_name=f"wnjax.{_node.__name__}")
+GVLeaf = WeightNorm | LogWeightNorm
+GV_LEAVES = frozenset({WeightNorm, LogWeightNorm})
+for _gv in GV_LEAVES:
+    jax.export.register_namedtuple_serialization(_gv, serialized_name=f"wnjax.{_gv.__name__}")
 
 
-def is_weight_norm(x: Any) -> TypeGuard[Node]:
+def is_weight_norm(x: Any) -> TypeGuard[GVLeaf]:
     """Whether `x` is a `WeightNorm` or a `LogWeightNorm`.
 
     Args:
@@ -119,7 +119,7 @@ def is_weight_norm(x: Any) -> TypeGuard[Node]:
     >>> jax.tree.map(wnjax.is_weight_norm, params, is_leaf=wnjax.is_weight_norm)
     {'bias': False, 'kernel': True}
     """
-    return isinstance(x, Node)
+    return isinstance(x, GVLeaf)
 
 
 def norm_dtype(dtype: Any) -> Any:
@@ -140,7 +140,7 @@ class FanIn(NamedTuple):
     mesh_axes: tuple[str, ...] = ()
 
 
-def fan_in_axes(node: Node) -> tuple[int, ...]:
+def fan_in_axes(gv: GVLeaf) -> tuple[int, ...]:
     """The axes that the norm runs over, read off the shapes.
 
     An axis of size 1 in both arrays is left out: it cannot matter to the norm.
@@ -148,27 +148,27 @@ def fan_in_axes(node: Node) -> tuple[int, ...]:
     Raises:
       ValueError: if the gain's shape does not fit the direction's.
     """
-    gain_shape, shape = jnp.shape(node[0]), jnp.shape(node.v)
+    gain_shape, shape = jnp.shape(gv[0]), jnp.shape(gv.v)
     fits = len(gain_shape) == len(shape) and all(
         size in (1, full) for size, full in zip(gain_shape, shape, strict=True)
     )
     if not fits:
         raise ValueError(
-            f"{node._fields[0]} of shape {gain_shape} does not fit v of shape {shape}: give it "
+            f"{gv._fields[0]} of shape {gain_shape} does not fit v of shape {shape}: give it "
             "v's rank, size 1 on the fan-in axes and v's size on the feature axes"
         )
     return tuple(axis for axis, size in enumerate(gain_shape) if size != shape[axis])
 
 
-def gain_axes(node: Node) -> frozenset[int]:
+def gain_axes(gv: GVLeaf) -> frozenset[int]:
     """The axes along which the gain varies."""
-    return frozenset(axis for axis, size in enumerate(jnp.shape(node[0])) if size > 1)
+    return frozenset(axis for axis, size in enumerate(jnp.shape(gv[0])) if size > 1)
 
 
-def gain(node: Node) -> jax.Array:
-    """The gain g of either kind of node, in the dtype of the norms."""
-    wide = jnp.asarray(node[0]).astype(norm_dtype(jnp.result_type(node.v)))
-    return jnp.exp(wide) if isinstance(node, LogWeightNorm) else wide
+def gain(gv: GVLeaf) -> jax.Array:
+    """The gain g of either kind of (g, v) leaf, in the dtype of the norms."""
+    wide = jnp.asarray(gv[0]).astype(norm_dtype(jnp.result_type(gv.v)))
+    return jnp.exp(wide) if isinstance(gv, LogWeightNorm) else wide
 
 
 def total(x: jax.Array, fan_in: FanIn) -> jax.Array:
@@ -240,21 +240,21 @@ def _over_root_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
     return scale, jnp.where(inverse != 0, dscale, 0)
 
 
-def squared_norm_of(node: Node, mesh_axes: tuple[str, ...] = ()) -> jax.Array:
+def squared_norm_of(gv: GVLeaf, mesh_axes: tuple[str, ...] = ()) -> jax.Array:
     """‖v‖², of g's shape; v may be split over mesh axes."""
-    squared: jax.Array = sum_of_squares(node.v, FanIn(fan_in_axes(node), mesh_axes))
+    squared: jax.Array = sum_of_squares(gv.v, FanIn(fan_in_axes(gv), mesh_axes))
     return squared
 
 
-def scale(node: Node, mesh_axes: tuple[str, ...] = ()) -> jax.Array:
+def scale(gv: GVLeaf, mesh_axes: tuple[str, ...] = ()) -> jax.Array:
     """g/‖v‖, of g's shape; 0 where ‖v‖² is not `in_range`.
 
     Formed on the small array: XLA then never stores v/‖v‖.
     """
-    return over_root(gain(node), squared_norm_of(node, mesh_axes))
+    return over_root(gain(gv), squared_norm_of(gv, mesh_axes))
 
 
-def weight(node: Node, mesh_axes: tuple[str, ...] = ()) -> jax.Array:
+def weight(gv: GVLeaf, mesh_axes: tuple[str, ...] = ()) -> jax.Array:
     """The weight w = v·(g/‖v‖), of v's shape and dtype."""
-    v, factor = jnp.asarray(node.v), scale(node, mesh_axes)
+    v, factor = jnp.asarray(gv.v), scale(gv, mesh_axes)
     return (v.astype(factor.dtype) * factor).astype(v.dtype)

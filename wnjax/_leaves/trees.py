@@ -11,7 +11,7 @@ from flax import linen as nn
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from wnjax._leaves.gv import NODES, Node, fan_in_axes, is_weight_norm, weight
+from wnjax._leaves.gv import GV_LEAVES, GVLeaf, fan_in_axes, is_weight_norm, weight
 from wnjax._leaves.states import is_state, refuse_state
 
 NNXMeta = nnx.bridge.NNXMeta
@@ -65,37 +65,38 @@ def names_on(names: Any, axes: Collection[int]) -> Any:
     return PartitionSpec(*kept) if isinstance(names, PartitionSpec) else kept
 
 
-def box_node(box: Any, node: Node, feature_axes: Collection[int]) -> Any:
-    """Puts `node` where the weight was that `box` held.
+def box_gv(box: Any, gv: GVLeaf, feature_axes: Collection[int]) -> Any:
+    """Puts `gv` where the weight was that `box` held.
 
     A box that names axes goes around the gain and around v, since its names on
-    fan-in axes fit v only. Any other box stays around the node.
+    fan-in axes fit v only. Any other box stays around the (g, v) leaf.
     """
     names = _axis_names(box)
     if not names:
-        return rebox(box, node)
+        return rebox(box, gv)
     gain_box = _with_axis_names(box, names_on(names, feature_axes))
-    return type(node)(rebox(gain_box, node[0]), rebox(box, node.v))
+    return type(gv)(rebox(gain_box, gv[0]), rebox(box, gv.v))
 
 
-def box_arrays(box: Any, node: Node, feature_axes: Collection[int]) -> Any:
-    """As `box_node`, but in two boxes where `nnx.Optimizer` expects arrays in them."""
-    boxed = box_node(box, node, feature_axes)
+def box_arrays(box: Any, gv: GVLeaf, feature_axes: Collection[int]) -> Any:
+    """As `box_gv_leaf`, but in two boxes where `nnx.Optimizer` expects arrays in them."""
+    boxed = box_gv(box, gv, feature_axes)
     is_variable = isinstance(boxed, nnx.Variable)
-    return type(node)(*(rebox(box, array) for array in node)) if is_variable else boxed
+    return type(gv)(*(rebox(box, array) for array in gv)) if is_variable else boxed
 
 
 def flatten(tree: Any) -> tuple[list[tuple[str, Any]], Any]:
-    """The (slash path, leaf) pairs of `tree`, and its treedef. Boxes and nodes are leaves.
+    """The (slash path, leaf) pairs of `tree`, and its treedef. Boxes and (g, v) leaves are leaves.
 
     Raises:
-      ValueError: if the tree holds the state of an optimizer, or a container that would hide nodes.
+      ValueError: if the tree holds the state of an optimizer, or a container that would hide (g, v)
+        leaves.
     """
     keyed, treedef = jax.tree_util.tree_flatten_with_path(
         tree, is_leaf=lambda x: is_box(x) or is_weight_norm(x) or is_state(x)
     )
-    if any(NODES & _types(kept) for _, kept in _flattened(treedef)):
-        check_holds_nodes(treedef)
+    if any(GV_LEAVES & _types(kept) for _, kept in _flattened(treedef)):
+        check_holds_gv_leaves(treedef)
     pairs = [(jax.tree_util.keystr(p, simple=True, separator="/"), x) for p, x in keyed]
     for path, leaf in pairs:
         if is_state(leaf):
@@ -103,11 +104,11 @@ def flatten(tree: Any) -> tuple[list[tuple[str, Any]], Any]:
     return pairs, treedef
 
 
-def check_holds_nodes(treedef: Any) -> None:
-    """Raises ValueError if a container in a tree would hide the nodes that are put in it."""
+def check_holds_gv_leaves(treedef: Any) -> None:
+    """Raises ValueError if a container in a tree would hide (g, v) leaves in it."""
     for container, _ in _flattened(treedef):
         raise ValueError(
-            f"a {container.__name__} keeps its content flattened, so that weight-norm nodes in it "
+            f"a {container.__name__} keeps its content flattened, so that (g, v) leaves in it "
             "are not found again. Use a dict in its place; Haiku has "
             "haiku.data_structures.to_mutable_dict(params)"
         )
@@ -128,7 +129,7 @@ def _types(treedef: Any) -> set[type]:
 
 
 def map_leaves(fn: Callable[[str, Any], Any], tree: Any) -> Any:
-    """`tree` with every leaf replaced by `fn(slash path, leaf)`. Boxes and nodes are leaves."""
+    """`tree` with `fn(slash path, leaf)` for every leaf. Boxes and (g, v) leaves are leaves."""
     pairs, treedef = flatten(tree)
     return treedef.unflatten(fn(path, leaf) for path, leaf in pairs)
 
@@ -140,12 +141,12 @@ def as_apart(box: Any) -> Any:
 
 
 def check_not_apart(leaves: Iterable[tuple[str, Any]]) -> None:
-    """Raises ValueError if the leaves are of a `wnjax.nnx.WeightNorm`, and so hold no nodes."""
+    """Raises ValueError if the leaves are the state of a `wnjax.nnx.WeightNorm`."""
     if gains := _apart_gains(leaves):
         raise ValueError(
             "in the state of a wnjax.nnx.WeightNorm, g and v are Params of their own: take its "
-            "nodes(), and train these, or let an optimizer train some of its Params by wrt=, such "
-            "as nnx.All(nnx.Param, nnx.Not(nnx.PathContains('g'))). These are "
+            "normalized(), and train these, or let an optimizer train some of its Params by wrt=, "
+            "such as nnx.All(nnx.Param, nnx.Not(nnx.PathContains('g'))). These are "
             f"gains:{listing(gains)}"
         )
 
@@ -158,37 +159,37 @@ def _apart_gains(leaves: Iterable[tuple[str, Any]]) -> list[str]:
     ]
 
 
-def unbox_node(leaf: Any) -> Any:
-    """The node that a leaf is or holds, without boxes; None where there is none."""
-    node = unbox(leaf)
-    return type(node)(*map(unbox, node)) if is_weight_norm(node) else None
+def unbox_gv(leaf: Any) -> Any:
+    """The (g, v) leaf that a leaf is or holds, without boxes; None where there is none."""
+    gv = unbox(leaf)
+    return type(gv)(*map(unbox, gv)) if is_weight_norm(gv) else None
 
 
 def is_normalized(tree: Any) -> bool:
     """Whether a tree holds (g, v) leaves, or the gains of a `wnjax.nnx.WeightNorm`."""
     leaves = flatten(tree)[0]
-    return bool(_apart_gains(leaves)) or any(unbox_node(leaf) for _, leaf in leaves)
+    return bool(_apart_gains(leaves)) or any(unbox_gv(leaf) for _, leaf in leaves)
 
 
 def outer_box(leaf: Any) -> Any:
-    """The box in which a leaf is; that of v where a node has its boxes inside."""
+    """The box in which a leaf is; that of v where a (g, v) leaf has its boxes inside."""
     return leaf.v if is_weight_norm(leaf) else leaf
 
 
 def fold_leaf(path: str, leaf: Any, mesh_axes: tuple[str, ...] = ()) -> Any:
     """`fold` of one leaf; errors name its path."""
-    node = unbox_node(leaf)
-    if node is None:
+    gv = unbox_gv(leaf)
+    if gv is None:
         return rebox(leaf, unbox(leaf))
     try:
-        if isinstance(node.v, jax.ShapeDtypeStruct):
-            fan_in_axes(node)  # checks that the shapes fit each other
-            return rebox(outer_box(leaf), node.v)
-        if isinstance(node[0], jax.ShapeDtypeStruct):
-            raise TypeError(f"{path or 'the node'}: v is an array, but {node._fields[0]} a shape")
-        return rebox(outer_box(leaf), weight(node, mesh_axes))
+        if isinstance(gv.v, jax.ShapeDtypeStruct):
+            fan_in_axes(gv)  # checks that the shapes fit each other
+            return rebox(outer_box(leaf), gv.v)
+        if isinstance(gv[0], jax.ShapeDtypeStruct):
+            raise TypeError(f"{path or 'the gv'}: v is an array, but {gv._fields[0]} a shape")
+        return rebox(outer_box(leaf), weight(gv, mesh_axes))
     except ValueError as error:
-        raise ValueError(f"{path or 'the node'}: {error}") from error
+        raise ValueError(f"{path or 'the gv'}: {error}") from error
 
 
 def is_array(x: Any) -> bool:

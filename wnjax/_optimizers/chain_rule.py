@@ -41,13 +41,13 @@ class View(NamedTuple):
         return self.length * self.inverse
 
     @property
-    def node(self) -> WeightNorm:
+    def gv(self) -> WeightNorm:
         """G and v."""
         return WeightNorm(self.g, self.w * jnp.where(self.is_plain, 1, self.per_w))
 
-    def weight(self, node: WeightNorm) -> jax.Array:
-        """The weight of a node that a step makes of this one."""
-        return jnp.where(self.is_plain, node.v, weight(node, self.fan_in.mesh_axes))
+    def weight(self, gv: WeightNorm) -> jax.Array:
+        """The weight of a (g, v) leaf that a step makes of this one."""
+        return jnp.where(self.is_plain, gv.v, weight(gv, self.fan_in.mesh_axes))
 
 
 class Step(NamedTuple):
@@ -90,7 +90,7 @@ def weight_grad(view: View, change: WeightNorm, grad: WeightNorm) -> jax.Array:
     Where g is 0, dL/dv is 0 whatever dL/dw is, and the first term remains: the chain rule makes
     of it what was given.
     """
-    (g, v), (dg, dv) = view.node, change
+    (g, v), (dg, dv) = view.gv, change
     g, v = g + dg, v + dv
     squared_norm = total(v * v, view.fan_in)
     is_zero = view.is_plain | (g == 0)

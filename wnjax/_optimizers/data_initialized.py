@@ -49,7 +49,7 @@ def data_initialized(  # noqa: PLR0913 - the options of `data_init` beside its o
     Source: Salimans & Kingma 2016, https://arxiv.org/abs/1602.07868, section 3.
 
     Args:
-      optimizer: of plain parameters, `weight_normalized` for one, or of a tree with nodes.
+      optimizer: of plain parameters, `weight_normalized` for one, or of a tree with (g, v) leaves.
       fn: the forward function `fn(params, batch)`, as for `data_init`.
       initialized: whether the parameters are initialized, or trained, already: then every update
         is one of `optimizer`, and `batch` may be left out.

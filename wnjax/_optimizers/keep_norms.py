@@ -11,28 +11,28 @@ import optax
 from wnjax._axes.axis_name import AxisName, split_over
 from wnjax._axes.decisions import Axes, is_part_of_tree, weights_of
 from wnjax._leaves.gv import FanIn, fan_in_axes, in_range, norm_dtype, root, total
-from wnjax._leaves.trees import flatten, rebox, unbox, unbox_node
+from wnjax._leaves.trees import flatten, rebox, unbox, unbox_gv
 
 
 def keep_norms(axes: Axes = None, *, axis_name: AxisName = None) -> optax.GradientTransformation:
-    """After the step every neuron has the norm it had: ‖v‖ of nodes, ‖w‖ of plain weights.
+    """After the step every neuron has the norm it had: ‖v‖ of (g, v) leaves, ‖w‖ of plain weights.
 
     The last one in a chain: the update u becomes
 
         u' = (w + u)·‖w‖/‖w + u‖ − w
 
-    so that only directions are trained: projected, or forced, weight normalization. With nodes, it
-    fixes ‖v‖, and with it the effective learning rate of the directions, which else falls as ‖v‖
-    grows. A neuron of zeros has no norm to keep, and takes its first update as it is. So does one
-    that the update takes to zero, and one whose squares its dtype does not represent (in float32:
-    ‖w‖ below 3.2e-16 or above 1.8e19).
+    so that only directions are trained: projected, or forced, weight normalization. With (g, v)
+    leaves, it fixes ‖v‖, and with it the effective learning rate of the directions, which else
+    falls as ‖v‖ grows. A neuron of zeros has no norm to keep, and takes its first update as it is.
+    So does one that the update takes to zero, and one whose squares its dtype does not represent
+    (in float32: ‖w‖ below 3.2e-16 or above 1.8e19).
 
     Source: Salimans & Kingma 2016, https://arxiv.org/abs/1602.07868, section 2.1, on how ‖v‖ grows;
     Karras et al. 2023, https://arxiv.org/abs/2312.02696, section 2.3, for forcing norms.
 
     Args:
-      axes: which plain leaves are weights, as for `weight_norm`; in a tree with nodes, the nodes
-        are, and axes are not used.
+      axes: which plain leaves are weights, as for `weight_norm`; in a tree with (g, v) leaves, the
+        (g, v) leaves are, and axes are not used.
       axis_name: inside `shard_map`, over which mesh axes the fan-in axes are split, as for
         `weight_norm`. Of leaves that `optax.masked` masks, both may speak.
 
@@ -74,12 +74,12 @@ def keep_norms(axes: Axes = None, *, axis_name: AxisName = None) -> optax.Gradie
 
 
 def _fan_in(params: Any, axes: Axes, axis_name: AxisName) -> dict[int, FanIn]:
-    """What norms run over, by leaf that is a weight or a node."""
+    """What norms run over, by leaf that is a weight or a (g, v) leaf."""
     leaves = flatten(params)[0]
-    nodes = {i: node for i, (_, leaf) in enumerate(leaves) if (node := unbox_node(leaf))}
-    weights: dict[int, tuple[Any, Any]] = {**nodes}
-    fan_in = {i: fan_in_axes(node) for i, node in nodes.items()}
-    for i, features in ({} if nodes else weights_of(params, axes)).items():
+    gv_leaves = {i: gv for i, (_, leaf) in enumerate(leaves) if (gv := unbox_gv(leaf))}
+    weights: dict[int, tuple[Any, Any]] = {**gv_leaves}
+    fan_in = {i: fan_in_axes(gv) for i, gv in gv_leaves.items()}
+    for i, features in ({} if gv_leaves else weights_of(params, axes)).items():
         w = unbox(leaves[i][1])
         weights[i] = (None, w)
         fan_in[i] = tuple(axis for axis in range(jnp.ndim(w)) if axis not in features)
@@ -89,12 +89,12 @@ def _fan_in(params: Any, axes: Axes, axis_name: AxisName) -> dict[int, FanIn]:
 
 
 def _keep(update: Any, leaf: Any, fan_in: FanIn) -> Any:
-    """The update of a weight, or of a node."""
-    node = unbox_node(update)
-    if node is None:
+    """The update of a weight, or of a (g, v) leaf."""
+    gv = unbox_gv(update)
+    if gv is None:
         return rebox(update, _projected(unbox(update), unbox(leaf), fan_in))
-    boxed, v = unbox(update), unbox_node(leaf).v
-    return rebox(update, boxed._replace(v=rebox(boxed.v, _projected(node.v, v, fan_in))))
+    boxed, v = unbox(update), unbox_gv(leaf).v
+    return rebox(update, boxed._replace(v=rebox(boxed.v, _projected(gv.v, v, fan_in))))
 
 
 def _projected(update: jax.Array, w: jax.Array, fan_in: FanIn) -> jax.Array:

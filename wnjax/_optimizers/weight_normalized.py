@@ -15,7 +15,7 @@ from wnjax._axes.axis_name import AxisName, split_over
 from wnjax._axes.decisions import Axes, is_part_of_tree, weights_of
 from wnjax._leaves.gv import FanIn, norm_dtype, root, sum_of_squares
 from wnjax._leaves.states import check_state
-from wnjax._leaves.trees import box_arrays, flatten, listing, rebox, unbox, unbox_node
+from wnjax._leaves.trees import box_arrays, flatten, listing, rebox, unbox, unbox_gv
 from wnjax._optimizers.chain_rule import View, chain_rule, step_back, view, weight_grad
 from wnjax._transforms.weight_norm import check_floating
 
@@ -29,8 +29,8 @@ class WeightNormalizedState(NamedTuple):
     What is not kept of a leaf is `optax.MaskedNode()`.
 
     Attributes:
-      inner: the state of the optimizer, for a tree with nodes. Gradients that it keeps under the
-        name `grad`, as line searches do, are those of the plain parameters, so that
+      inner: the state of the optimizer, for a tree with (g, v) leaves. Gradients that it keeps
+        under the name `grad`, as line searches do, are those of the plain parameters, so that
         `optax.value_and_grad_from_state` finds them.
       lengths: shaped like the parameters: for a weight sign(g)·‖v‖ of each neuron, of g's shape.
       residuals: shaped like the parameters: what rounding took from each.
@@ -54,8 +54,8 @@ def weight_normalized(
 
         dL/dg = ⟨dL/dw, v⟩/‖v‖,   dL/dv = (g/‖v‖)(dL/dw − ⟨dL/dw, v⟩/‖v‖²·v),
 
-    the optimizer sees a tree of `WeightNorm` nodes, so that masks, `labels` and decay of g or v
-    work in it, and what comes out is the change of w = g·v/‖v‖, without cancellation.
+    the optimizer sees a tree of `WeightNorm` (g, v) leaves, so that masks, `labels` and decay of g
+    or v work in it, and what comes out is the change of w = g·v/‖v‖, without cancellation.
 
     Source: Salimans & Kingma 2016, https://arxiv.org/abs/1602.07868, equations 2 and 3.
 
@@ -72,7 +72,8 @@ def weight_normalized(
     Args:
       optimizer: any optax transformation. Extra arguments of `update` are passed on to it. Of
         them `grad` is mapped as the gradients are, and functions of the parameters become functions
-        of nodes: `value_fn` and `obj_fn`, which give a value, and `grad_fn`, which gives gradients.
+        of (g, v) leaves: `value_fn` and `obj_fn`, which give a value, and `grad_fn`, which gives
+        gradients.
       axes: as for `weight_norm`. Leaves that `optax.masked` or `optax.multi_transform` around
         this mask are left out.
       remainder: whether to keep, in float32 or wider, what rounding takes from the parameters: an
@@ -82,15 +83,15 @@ def weight_normalized(
 
     Returns:
       A gradient transformation. Its `update` needs `params`. Its state is a
-      `WeightNormalizedState`; `inner_params` gives the nodes that `optimizer` sees.
+      `WeightNormalizedState`; `inner_params` gives the (g, v) leaves that `optimizer` sees.
 
     Raises:
       ValueError: by `init` and `update`: if nothing is normalized, if axes do not fit, if `params`
-        hold nodes (which `optimizer` itself trains) or the state of an optimizer, or are missing;
-        and as `fold`, with the
+        hold (g, v) leaves (which `optimizer` itself trains) or the state of an optimizer, or are
+        missing; and as `fold`, with the
         lengths for g.
       TypeError: by `update`: if the state is not that of `init`, as one that was restored without
-        a target; or if another extra argument is a function, which would be given nodes.
+        a target; or if another extra argument is a function, which would be given (g, v) leaves.
 
     >>> import jax, jax.numpy as jnp, optax
     >>> import wnjax
@@ -109,11 +110,11 @@ def weight_normalized(
     def init(params: Any) -> WeightNormalizedState:
         plain = _Plain(params, _weights_of(params, axes), axis_name)
         residuals = [_residual(x, remainder) for x in plain.arrays]
-        nodes, lengths = plain.exact(residuals), plain.nothing()
+        gv_leaves, lengths = plain.exact(residuals), plain.nothing()
         for i, fan_in in plain.fan_in.items():
-            lengths[i] = root(sum_of_squares(nodes[i], fan_in))
-            nodes[i] = view(nodes[i], lengths[i], fan_in).node
-        tree = plain.tree(nodes)
+            lengths[i] = root(sum_of_squares(gv_leaves[i], fan_in))
+            gv_leaves[i] = view(gv_leaves[i], lengths[i], fan_in).gv
+        tree = plain.tree(gv_leaves)
         inner_state = _with_grad(
             inner.init(tree), tree, lambda _: jax.tree.map(jnp.zeros_like, params)
         )
@@ -133,20 +134,20 @@ def weight_normalized(
         residuals = plain.treedef.flatten_up_to(state.residuals)
         exact = plain.exact(residuals)
         views = plain.views(exact)
-        nodes = plain.normalized(exact, views)
+        gv_leaves = plain.normalized(exact, views)
         changes, inner_state = inner.update(
             plain.chain_rule(exact, views, updates),
             _with_grad(state.inner, params, lambda grad: plain.chain_rule(exact, views, grad)),
-            nodes,
+            gv_leaves,
             **plain.extra(exact, views, extra),
         )
         inner_state = _with_grad(
-            inner_state, nodes, lambda grad: plain.weight_grads(views, changes, grad)
+            inner_state, gv_leaves, lambda grad: plain.weight_grads(views, changes, grad)
         )
         result, lengths = [], plain.nothing()
         for i, (_, leaf) in enumerate(flatten(changes)[0]):
             if i in views:
-                step = step_back(views[i], unbox_node(leaf))
+                step = step_back(views[i], unbox_gv(leaf))
                 change, target, lengths[i] = step
             else:
                 change, target = unbox(leaf), None
@@ -171,7 +172,7 @@ def inner_params(
 @overload
 def inner_params(state: Any, params: T, *, axis_name: AxisName = None) -> T: ...
 def inner_params(state: Any, params: Any, *, axis_name: AxisName = None) -> Any:
-    """The nodes that the optimizer inside of `weight_normalized` sees.
+    """The (g, v) leaves that the optimizer inside of `weight_normalized` sees.
 
     For functions of optax that take its state and its parameters, such as
     `optax.contrib.schedule_free_eval_params`; for logging by `norms`; or to go on with explicit g
@@ -199,10 +200,10 @@ def inner_params(state: Any, params: Any, *, axis_name: AxisName = None) -> Any:
     >>> schedule_free = optax.contrib.schedule_free_sgd(0.1)
     >>> optimizer = wnjax.weight_normalized(schedule_free)
     >>> state = optimizer.init(params)
-    >>> nodes = wnjax.inner_params(state, params)
-    >>> nodes["kernel"].g
+    >>> normalized = wnjax.inner_params(state, params)
+    >>> normalized["kernel"].g
     Array([[5.]], dtype=float32)
-    >>> evaluated = optax.contrib.schedule_free_eval_params(state.inner, nodes)
+    >>> evaluated = optax.contrib.schedule_free_eval_params(state.inner, normalized)
     >>> wnjax.fold(evaluated)["kernel"].round(5)
     Array([[3.],
            [4.]], dtype=float32)
@@ -222,9 +223,9 @@ def inner_params(state: Any, params: Any, *, axis_name: AxisName = None) -> Any:
 
 def _weights_of(params: Any, axes: Axes) -> dict[int, tuple[int, ...]]:
     """The feature axes of every leaf of plain parameters that is a weight."""
-    if normalized := [path for path, leaf in flatten(params)[0] if unbox_node(leaf) is not None]:
+    if normalized := [path for path, leaf in flatten(params)[0] if unbox_gv(leaf) is not None]:
         raise ValueError(
-            "weight_normalized: these leaves are weight-norm nodes already; give the tree to "
+            "weight_normalized: these are (g, v) leaves already; give the tree to "
             f"the optimizer itself:{listing(normalized)}"
         )
     return weights_of(params, axes)
@@ -285,7 +286,7 @@ class _Plain:
 
     def normalized(self, exact: Sequence[Any], views: Mapping[int, View]) -> Any:
         """All leaves, with g and v in the place of weights."""
-        return self.tree([views[i].node if i in views else x for i, x in enumerate(exact)])
+        return self.tree([views[i].gv if i in views else x for i, x in enumerate(exact)])
 
     def chain_rule(self, exact: Sequence[Any], views: Mapping[int, View], grads: Any) -> Any:
         """Gradients of the plain parameters as a tree with those of g and v."""
@@ -301,25 +302,25 @@ class _Plain:
         leaves = []
         for i, ((_, change), (_, grad), x) in enumerate(pairs):
             found = (
-                weight_grad(views[i], unbox_node(change), unbox_node(grad))
+                weight_grad(views[i], unbox_gv(change), unbox_gv(grad))
                 if i in views
                 else unbox(grad)
             )
             leaves.append(rebox(self.leaves[i], found.astype(x.dtype)))
         return self.treedef.unflatten(leaves)
 
-    def fold(self, views: Mapping[int, View], nodes: Any) -> Any:
-        """Nodes that a step has made of the views as plain parameters, in their dtypes."""
+    def fold(self, views: Mapping[int, View], gv_leaves: Any) -> Any:
+        """(g, v) leaves that a step has made of the views as plain parameters, in their dtypes."""
         leaves = []
-        for i, ((_, leaf), x) in enumerate(zip(flatten(nodes)[0], self.arrays, strict=True)):
-            found = views[i].weight(unbox_node(leaf)) if i in views else unbox(leaf)
+        for i, ((_, leaf), x) in enumerate(zip(flatten(gv_leaves)[0], self.arrays, strict=True)):
+            found = views[i].weight(unbox_gv(leaf)) if i in views else unbox(leaf)
             leaves.append(rebox(self.leaves[i], found.astype(x.dtype)))
         return self.treedef.unflatten(leaves)
 
     def extra(
         self, exact: Sequence[Any], views: Mapping[int, View], given: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """The extra arguments of `update`, as those of an optimizer of nodes.
+        """The extra arguments of `update`, as those of an optimizer of (g, v) leaves.
 
         Raises:
           TypeError: if one of another name than optax's is a function.
@@ -332,46 +333,46 @@ class _Plain:
             elif not callable(x):
                 continue
             elif name in ("value_fn", "obj_fn"):
-                extra[name] = _value_of_nodes(x, fold)
+                extra[name] = _value_of_gv_leaves(x, fold)
             elif name == "grad_fn":
-                extra[name] = _grad_of_nodes(x, fold)
+                extra[name] = _grad_of_gv_leaves(x, fold)
             else:
                 raise TypeError(
                     f"weight_normalized: the extra argument {name!r} of update is a function, and "
                     "the optimizer inside would call it with g and v in the place of the "
                     "parameters. value_fn, obj_fn (values) and grad_fn (gradients) are understood. "
-                    "Let what calls another function close over it: it is then one of nodes"
+                    "Let what calls another function close over it: it is then one of (g, v) leaves"
                 )
         return extra
 
     def tree(self, values: Sequence[Any]) -> Any:
-        """Arrays, and nodes in the place of weights, in the boxes of the parameters."""
+        """Arrays, and (g, v) leaves in the place of weights, in the boxes of the parameters."""
         return self.treedef.unflatten(
             box_arrays(leaf, value, self.features[i]) if i in self.features else rebox(leaf, value)
             for i, (leaf, value) in enumerate(zip(self.leaves, values, strict=True))
         )
 
 
-def _value_of_nodes(fn: Callable[..., Any], fold: Callable[[Any], Any]) -> Callable[..., Any]:
-    """A function of plain parameters as one of nodes. Line searches look at its signature."""
+def _value_of_gv_leaves(fn: Callable[..., Any], fold: Callable[[Any], Any]) -> Callable[..., Any]:
+    """A function of plain parameters as one of (g, v) leaves. Line searches read its signature."""
 
     @functools.wraps(fn)
-    def of_nodes(nodes: Any, *args: Any, **kwargs: Any) -> Any:
-        return fn(fold(nodes), *args, **kwargs)
+    def of_gv_leaves(gv_leaves: Any, *args: Any, **kwargs: Any) -> Any:
+        return fn(fold(gv_leaves), *args, **kwargs)
 
-    return of_nodes
+    return of_gv_leaves
 
 
-def _grad_of_nodes(fn: Callable[..., Any], fold: Callable[[Any], Any]) -> Callable[..., Any]:
-    """A function that gives gradients of plain parameters as one that gives those of nodes."""
+def _grad_of_gv_leaves(fn: Callable[..., Any], fold: Callable[[Any], Any]) -> Callable[..., Any]:
+    """A function that gives gradients of plain parameters, as one that gives those of g and v."""
 
     @functools.wraps(fn)
-    def of_nodes(nodes: Any, *args: Any, **kwargs: Any) -> Any:
-        params, pull = jax.vjp(fold, nodes)
+    def of_gv_leaves(gv_leaves: Any, *args: Any, **kwargs: Any) -> Any:
+        params, pull = jax.vjp(fold, gv_leaves)
         (grads,) = pull(fn(params, *args, **kwargs))
         return grads
 
-    return of_nodes
+    return of_gv_leaves
 
 
 def _with_grad(state: Any, like: Any, fn: Callable[[Any], Any]) -> Any:

@@ -18,8 +18,8 @@ from wnjax._analysis.views import Use
 from wnjax._axes.axis_name import check_split
 from wnjax._axes.decisions import NotWeight, first_patterns
 from wnjax._leaves.gv import (
+    GVLeaf,
     LogWeightNorm,
-    Node,
     WeightNorm,
     gain,
     gain_axes,
@@ -36,7 +36,7 @@ from wnjax._leaves.trees import (
     outer_box,
     rebox,
     unbox,
-    unbox_node,
+    unbox_gv,
 )
 from wnjax._transforms.arguments import params_of_call
 from wnjax._transforms.infer_axes import decide_all
@@ -126,8 +126,9 @@ def data_init(
 
     Returns:
       A function of the arguments of `fn`. `params`, the first, is plain, and all weights that
-      `infer_axes` finds are initialized; or it is a tree with nodes, and the nodes are. The
-      minibatch has 100 examples or more. The function returns `params` with other gains and
+      `infer_axes` finds are initialized; or it is a tree with (g, v) leaves, and the (g, v) leaves
+      are. The minibatch has 100 examples or more. The function returns `params` with other gains
+      and
       biases: the same structure, shapes and dtypes. With `report` it returns a pair: that, and a
       tree with an `Initialized` for every leaf, which `summary` prints.
 
@@ -159,9 +160,9 @@ def data_init(
         analysis = analyze(params, *args, **kwargs)
         given, treedef = flatten(params)
         check_not_apart(given)
-        plan = _Plan(analysis, [unbox_node(leaf) for _, leaf in given], std)
-        nodes = {i: plan.node(i, *given[i]) for i in plan.stds}
-        computed = {i: plan.in_range(i, node) for i, node in nodes.items()}
+        plan = _Plan(analysis, [unbox_gv(leaf) for _, leaf in given], std)
+        gv_leaves = {i: plan.gv(i, *given[i]) for i in plan.stds}
+        computed = {i: plan.in_range(i, gv) for i, gv in gv_leaves.items()}
         values = treedef.unflatten(
             rebox(outer_box(leaf), computed[i].v) if i in computed else fold_leaf(path, leaf)
             for i, (path, leaf) in enumerate(given)
@@ -169,14 +170,14 @@ def data_init(
         minibatch = Minibatch(None if mask is None else jnp.asarray(mask), axis_name)
         standardization = Standardization(analysis, plan.stds, plan.biases, minibatch)
         inputs = analysis.inputs(values, *args, **kwargs)
-        found = standardization.found(inputs, {i: scale(node) for i, node in computed.items()})
+        found = standardization.found(inputs, {i: scale(gv) for i, gv in computed.items()})
         plan.warn(standardization.samples)
         plan.warn_of_kept(found)
         result = treedef.unflatten(
             leaf
             if i not in found
-            else _with_gains(leaf, nodes[i], _gains(computed[i], found[i]))
-            if i in nodes
+            else _with_gains(leaf, gv_leaves[i], _gains(computed[i], found[i]))
+            if i in gv_leaves
             else _with_bias(leaf, found[i])
             for i, (_, leaf) in enumerate(given)
         )
@@ -201,23 +202,23 @@ class _Plan:
     def __init__(
         self,
         analysis: Analysis,
-        nodes: Sequence[Node | None],
+        gv_leaves: Sequence[GVLeaf | None],
         std: float | Mapping[str, float],
     ):
-        """Takes the nodes among the leaves.
+        """Takes the (g, v) leaves among the leaves.
 
         Raises:
           ValueError: if nothing is left, or a standard deviation is negative.
         """
-        self.paths, self.nodes = analysis.paths, nodes
+        self.paths, self.gv_leaves = analysis.paths, gv_leaves
         self.decisions = decide_all(analysis)
         self.uses, self.notes = collections.defaultdict(list), collections.defaultdict(list)
-        for use in analysis.walk.uses:
+        for use in analysis.records.uses:
             self.uses[use.leaf].append(use)
-        for note in analysis.walk.notes:
+        for note in analysis.records.notes:
             self.notes[note.leaf].append(note)
-        self.shapes = analysis.walk.shapes
-        found = {leaf: self._obstacle(leaf) for leaf in range(len(nodes))}
+        self.shapes = analysis.records.shapes
+        found = {leaf: self._obstacle(leaf) for leaf in range(len(gv_leaves))}
         self.reasons = {leaf: reason for leaf, reason in found.items() if reason is not None}
         stds = _stds(std, self.paths)
         self.stds = {leaf: stds[leaf] for leaf in found if leaf not in self.reasons}
@@ -229,20 +230,20 @@ class _Plan:
 
     def _obstacle(self, leaf: int) -> str | None:
         """Why a leaf cannot be initialized; None if it can."""
-        decision, uses, node = self.decisions[leaf], self.uses[leaf], self.nodes[leaf]
+        decision, uses, gv = self.decisions[leaf], self.uses[leaf], self.gv_leaves[leaf]
         if isinstance(decision, NotWeight):
             return decision.reason
-        if node is None and any(self.nodes):
+        if gv is None and any(self.gv_leaves):
             return "not normalized"
         if len(uses) > 1:
             return f"used {len(uses)} times"
         if self.notes[leaf]:
             return f"used otherwise, too: {self.notes[leaf][0].kind}"
-        return self._obstacle_at(uses[0], node)
+        return self._obstacle_at(uses[0], gv)
 
-    def _obstacle_at(self, use: Use, node: Node | None) -> str | None:
+    def _obstacle_at(self, use: Use, gv: GVLeaf | None) -> str | None:
         """Why a leaf cannot be initialized at its only use."""
-        shape, gains = self.shapes[use.leaf], use.features if node is None else gain_axes(node)
+        shape, gains = self.shapes[use.leaf], use.features if gv is None else gain_axes(gv)
         scanned = {axis for axis, _ in use.scanned}
         shared, long = use.fan_in & gains, {axis for axis in scanned if shape[axis] > 1}
         reasons = {
@@ -252,7 +253,7 @@ class _Plan:
             "used inside a loop or derivatives that are not seen through": not use.site.is_direct,
             "it has no elements": 0 in shape,
             "its output has no elements: the minibatch has no examples": use.output_size == 0,
-            "no operation computes its neurons alone": not use.rides,
+            "no operation computes its neurons alone": not use.is_scalable,
             f"its norm does not run over axes {(*sorted(shared),)}, which are summed": shared,
             "its layers share a gain": long - gains,
         }
@@ -265,22 +266,22 @@ class _Plan:
             return None
         bias = self.paths.index(decision.bias)
         is_alone = len(self.notes[bias]) == 1 and not self.uses[bias]
-        return bias if is_alone and self.nodes[bias] is None else None
+        return bias if is_alone and self.gv_leaves[bias] is None else None
 
-    def node(self, leaf: int, path: str, given: Any) -> Node:
-        """The node of a weight; of a plain one as `weight_norm` makes it."""
-        node = self.nodes[leaf]
-        if node is not None:
-            check_split(path, None, node.v, node[0])
-            return type(node)(*map(jnp.asarray, node))
+    def gv(self, leaf: int, path: str, given: Any) -> GVLeaf:
+        """The (g, v) leaf of a weight; of a plain one as `weight_norm` makes it."""
+        gv = self.gv_leaves[leaf]
+        if gv is not None:
+            check_split(path, None, gv.v, gv[0])
+            return type(gv)(*map(jnp.asarray, gv))
         return split(path, jnp.asarray(unbox(given)), tuple(self.uses[leaf][0].features))
 
-    def in_range(self, leaf: int, node: Node) -> Node:
-        """The node with which to compute: of length 1 where float16 may not hold v·x."""
+    def in_range(self, leaf: int, gv: GVLeaf) -> GVLeaf:
+        """The (g, v) leaf with which to compute: of length 1 where float16 may not hold v·x."""
         if not self.uses[leaf][0].is_narrow:
-            return node
-        unit = weight(WeightNorm(jnp.ones_like(gain(node)), node.v))
-        return WeightNorm(gain(node), unit)
+            return gv
+        unit = weight(WeightNorm(jnp.ones_like(gain(gv)), gv.v))
+        return WeightNorm(gain(gv), unit)
 
     def warn(self, samples: Mapping[int, int]) -> None:
         """Of weights that were left alone, and of moments that mean little."""
@@ -321,8 +322,8 @@ class _Plan:
 
     def _is_wanted(self, leaf: int) -> bool:
         """Whether a leaf is one to initialize, if that can be done."""
-        if any(self.nodes):
-            return self.nodes[leaf] is not None
+        if any(self.gv_leaves):
+            return self.gv_leaves[leaf] is not None
         return not isinstance(self.decisions[leaf], NotWeight)
 
     def report(
@@ -355,16 +356,16 @@ def _stds(std: float | Mapping[str, float], paths: Sequence[str]) -> list[float]
     return stds
 
 
-def _gains(node: Node, found: Found) -> jax.Array:
-    """The gains of a weight after the initialization, given the node that was computed with."""
-    return jnp.where(found.is_kept, gain(node), found.value * root(squared_norm_of(node)))
+def _gains(gv: GVLeaf, found: Found) -> jax.Array:
+    """The gains of a weight after the initialization, given the (g, v) leaf that computed it."""
+    return jnp.where(found.is_kept, gain(gv), found.value * root(squared_norm_of(gv)))
 
 
-def _with_gains(leaf: Any, node: Node, gains: jax.Array) -> Any:
-    """A weight, plain or a node, with other gains."""
-    given = unbox_node(leaf)
+def _with_gains(leaf: Any, gv: GVLeaf, gains: jax.Array) -> Any:
+    """A weight, plain or a (g, v) leaf, with other gains."""
+    given = unbox_gv(leaf)
     if given is None:
-        return rebox(leaf, weight(WeightNorm(gains, node.v)))
+        return rebox(leaf, weight(WeightNorm(gains, gv.v)))
     if isinstance(given, LogWeightNorm):
         gains = jnp.log(jnp.maximum(gains, jnp.finfo(gains.dtype).tiny))
     boxed = unbox(leaf)

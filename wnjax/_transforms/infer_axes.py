@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.extend import core
 
 from wnjax._analysis.functions import Analysis, Analyzer
-from wnjax._analysis.jaxprs import Walk
+from wnjax._analysis.jaxprs import JaxprAnalyzer
 from wnjax._analysis.lines import is_transposed
 from wnjax._analysis.views import Note, Site, Use
 from wnjax._axes.decisions import (
@@ -72,11 +72,11 @@ def infer_axes(
 
     Returns:
       A function of the arguments of `fn`. `params`, the first, is any pytree of arrays, or of their
-      `jax.ShapeDtypeStruct`s, with or without Flax boxes; with nodes, `fn` gets their weights. The
-      others are arrays or `jax.ShapeDtypeStruct`s, with a batch of two or more where there is one;
-      anything else, such as `train=True`, is static. It returns a tree shaped like `params` with a
-      `Weight` or a `NotWeight` for every leaf, to be given to `weight_norm(params, axes=...)` or
-      printed by `summary`.
+      `jax.ShapeDtypeStruct`s, with or without Flax boxes; with (g, v) leaves, `fn` gets their
+      weights. The others are arrays or `jax.ShapeDtypeStruct`s, with a batch of two or more where
+      there is one; anything else, such as `train=True`, is static. It returns a tree shaped like
+      `params` with a `Weight` or a `NotWeight` for every leaf, to be given to `weight_norm(params,
+      axes=...)` or printed by `summary`.
 
     Raises:
       ValueError: when that is called: if `fn` returns gradients or new parameters, if it needs
@@ -121,14 +121,14 @@ def infer_axes(
 
 def decide_all(analysis: Analysis) -> list[Decision]:
     """What every leaf is."""
-    decisions = _Verdicts(analysis.walk, analysis.paths, analysis.arrays).decisions()
+    decisions = _Verdicts(analysis.records, analysis.paths, analysis.arrays).decisions()
     others = beside_parameters(flatten(analysis.plain)[0])
     return [others.get(i, decision) for i, decision in enumerate(decisions)]
 
 
 def _warn_of_masks(analysis: Analysis, leaves: Sequence[int]) -> None:
     """Warns of weights whose norm counts more than the neuron sums over, of some leaves."""
-    lines = {use.leaf: use.site.line for use in analysis.walk.uses if use.is_masked}
+    lines = {use.leaf: use.site.line for use in analysis.records.uses if use.is_masked}
     if masked := [f"{analysis.paths[leaf]}: at {lines[leaf]}" for leaf in leaves if leaf in lines]:
         warnings.warn(
             "infer_axes: a constant array that varies along their fan-in axes, such as a mask, "
@@ -141,22 +141,22 @@ def _warn_of_masks(analysis: Analysis, leaves: Sequence[int]) -> None:
 
 
 class _Verdicts:
-    """What the walk's records mean for every leaf."""
+    """What the analysis' records mean for every leaf."""
 
-    def __init__(self, walk: Walk, paths: Sequence[str], arrays: Sequence[Any]):
+    def __init__(self, records: JaxprAnalyzer, paths: Sequence[str], arrays: Sequence[Any]):
         self.paths, self.arrays = paths, arrays
         self.uses: dict[int, list[Use]] = collections.defaultdict(list)
         self.notes: dict[int, list[Note]] = collections.defaultdict(list)
-        for use in walk.uses:
+        for use in records.uses:
             self.uses[use.leaf].append(use)
         for leaf, uses in self.uses.items():  # a derivative inside of fn uses a weight again
             forward = [use for use in uses if not use.site.is_backward]
             self.uses[leaf] = forward or uses
-        for note in walk.notes:
+        for note in records.notes:
             self.notes[note.leaf].append(note)
         self.biases: dict[int, set[int]] = collections.defaultdict(set)
         self.weights: dict[int, set[int]] = collections.defaultdict(set)
-        for record in walk.biases:
+        for record in records.biases:
             self.biases[record.weight].add(record.bias)
             self.weights[record.bias].add(record.weight)
 

@@ -1,4 +1,4 @@
-"""Views of a tree with nodes: what was normalized, which leaf is what, how long the vectors are."""
+"""Views of a tree with (g, v) leaves: which leaf is what, and how long the vectors are."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from wnjax._axes.axis_name import AxisName, split_over
 from wnjax._axes.decisions import Decision, Weight
 from wnjax._leaves.gv import (
+    GVLeaf,
     LogWeightNorm,
-    Node,
     fan_in_axes,
     gain,
     in_range,
@@ -22,7 +22,7 @@ from wnjax._leaves.gv import (
     root,
     squared_norm_of,
 )
-from wnjax._leaves.trees import check_not_apart, flatten, is_array, unbox, unbox_node
+from wnjax._leaves.trees import check_not_apart, flatten, is_array, unbox, unbox_gv
 from wnjax._transforms.report import Initialized
 
 
@@ -30,15 +30,15 @@ def summary(tree: Any) -> str:
     """What is normalized in `tree` and what is not and why, as a table with a line per leaf.
 
     Args:
-      tree: any tree of arrays and nodes; or a tree of `Weight` and `NotWeight`, for which
+      tree: any tree of arrays and (g, v) leaves; or a tree of `Weight` and `NotWeight`, for which
         the table gives the feature axes, the biases and the reasons; or the report of `data_init`.
 
     Returns:
       The table as a string of several lines.
 
     Raises:
-      ValueError: if `tree` is the state of a `wnjax.nnx.WeightNorm`: take its `nodes()`; or if it
-        holds the state of an optimizer.
+      ValueError: if `tree` is the state of a `wnjax.nnx.WeightNorm`: take its `normalized()`; or if
+        it holds the state of an optimizer.
 
     >>> import jax.numpy as jnp
     >>> import wnjax
@@ -53,24 +53,24 @@ def summary(tree: Any) -> str:
         return _initialization_table(tree)
     boxes = flatten(tree)[0]
     check_not_apart(boxes)
-    leaves = [(path, unbox_node(leaf) or unbox(leaf)) for path, leaf in boxes]
+    leaves = [(path, unbox_gv(leaf) or unbox(leaf)) for path, leaf in boxes]
     if any(isinstance(leaf, Decision) for _, leaf in leaves):
         return _decision_table(leaves)
-    return _node_table(leaves)
+    return _gv_leaf_table(leaves)
 
 
-def _node_table(leaves: list[tuple[str, Any]]) -> str:
+def _gv_leaf_table(leaves: list[tuple[str, Any]]) -> str:
     rows = [("leaf", "shape", "dtype", "normalized")]
     for path, leaf in leaves:
         array = leaf.v if is_weight_norm(leaf) else leaf
         shape, dtype = getattr(array, "shape", "-"), getattr(array, "dtype", "-")
         rows.append((path, str(shape), str(dtype), _describe(leaf)))
-    nodes = [leaf for _, leaf in leaves if is_weight_norm(leaf)]
+    gv_leaves = [leaf for _, leaf in leaves if is_weight_norm(leaf)]
     others = [leaf for _, leaf in leaves if not is_weight_norm(leaf)]
-    neurons, numbers = sum(_size(node[0]) for node in nodes), sum(_size(node.v) for node in nodes)
+    neurons, numbers = sum(_size(gv[0]) for gv in gv_leaves), sum(_size(gv.v) for gv in gv_leaves)
     return (
-        f"{_columns(rows)}\n{len(nodes)} of {len(leaves)} leaves normalized: {neurons:,} neurons, "
-        f"{numbers:,} of {numbers + sum(map(_size, others)):,} numbers"
+        f"{_columns(rows)}\n{len(gv_leaves)} of {len(leaves)} leaves normalized: "
+        f"{neurons:,} neurons, {numbers:,} of {numbers + sum(map(_size, others)):,} numbers"
     )
 
 
@@ -126,14 +126,14 @@ def labels(tree: Any) -> Any:
     For `optax.multi_transform`, weight-decay masks, or freezing the gains.
 
     Args:
-      tree: any tree of arrays and nodes; both g and log_g are labeled `"g"`.
+      tree: any tree of arrays and (g, v) leaves; both g and log_g are labeled `"g"`.
 
     Returns:
-      A tree of the same structure, nodes and boxes included, with strings as leaves.
+      A tree of the same structure, (g, v) leaves and boxes included, with strings as leaves.
 
     Raises:
-      ValueError: if `tree` is the state of a `wnjax.nnx.WeightNorm`: take its `nodes()`; or if it
-        holds the state of an optimizer.
+      ValueError: if `tree` is the state of a `wnjax.nnx.WeightNorm`: take its `normalized()`; or if
+        it holds the state of an optimizer.
 
     >>> import jax.numpy as jnp, optax
     >>> import wnjax
@@ -158,38 +158,39 @@ def labels(tree: Any) -> Any:
 
 
 def norms(tree: Any, *, axis_name: AxisName = None) -> dict[str, dict[str, jax.Array]]:
-    """‖v‖, g and g/‖v‖ of every node, for logging. Works under `jit`.
+    """‖v‖, g and g/‖v‖ of every (g, v) leaf, for logging. Works under `jit`.
 
     Args:
-      tree: any tree of arrays and nodes.
+      tree: any tree of arrays and (g, v) leaves.
       axis_name: inside `shard_map`, over which mesh axes the fan-in axes are split, as for
         `weight_norm`.
 
     Returns:
-      From the slash path of every node to a dict with `"v"`, `"g"` and `"scale"`: arrays of
+      From the slash path of every (g, v) leaf to a dict with `"v"`, `"g"` and `"scale"`: arrays of
       g's shape, in float32 or wider. g is exp(log_g) for a `LogWeightNorm`. ‖v‖ is at most what
       the root of the largest number is, 1.8e19 in float32; there, and below 3.2e-16, its
       derivatives are 0.
 
     Raises:
-      ValueError: as `fold`; or if `tree` is the state of a `wnjax.nnx.WeightNorm`: take `nodes()`.
+      ValueError: as `fold`; or if `tree` is the state of a `wnjax.nnx.WeightNorm`: take
+        `normalized()`.
 
     >>> import jax.numpy as jnp
     >>> import wnjax
-    >>> node = wnjax.WeightNorm(g=jnp.array([[10.0]]), v=jnp.array([[3.0], [4.0]]))
-    >>> {name: float(x.squeeze()) for name, x in wnjax.norms({"kernel": node})["kernel"].items()}
+    >>> gv = wnjax.WeightNorm(g=jnp.array([[10.0]]), v=jnp.array([[3.0], [4.0]]))
+    >>> {name: float(x.squeeze()) for name, x in wnjax.norms({"kernel": gv})["kernel"].items()}
     {'g': 10.0, 'scale': 2.0, 'v': 5.0}
     """
     leaves = flatten(tree)[0]
     check_not_apart(leaves)
-    nodes = {i: node for i, (_, leaf) in enumerate(leaves) if (node := unbox_node(leaf))}
+    gv_leaves = {i: gv for i, (_, leaf) in enumerate(leaves) if (gv := unbox_gv(leaf))}
     paths = [path for path, _ in leaves]
-    mesh_axes = split_over(axis_name, paths, nodes)
-    return {paths[i]: _norms(node, mesh_axes[i]) for i, node in nodes.items()}
+    mesh_axes = split_over(axis_name, paths, gv_leaves)
+    return {paths[i]: _norms(gv, mesh_axes[i]) for i, gv in gv_leaves.items()}
 
 
-def _norms(node: Node, mesh_axes: tuple[str, ...]) -> dict[str, jax.Array]:
-    g, squared_norm = gain(node), squared_norm_of(node, mesh_axes)
+def _norms(gv: GVLeaf, mesh_axes: tuple[str, ...]) -> dict[str, jax.Array]:
+    g, squared_norm = gain(gv), squared_norm_of(gv, mesh_axes)
     largest = jnp.finfo(squared_norm.dtype).max
     out_of_range = jax.lax.stop_gradient(jnp.sqrt(jnp.minimum(squared_norm, largest)))
     length = jnp.where(in_range(squared_norm), root(squared_norm), out_of_range)

@@ -54,10 +54,10 @@ class Standardization:
         self.analysis, self.stds, self.minibatch = analysis, stds, minibatch
         self.edits: dict[Path, Edit] = {}
         self.samples: dict[int, int] = {}
-        for use in analysis.walk.uses:
+        for use in analysis.records.uses:
             if use.leaf in stds:
                 self._edit(use, use.leaf, self._standardized(use), [_key("scale", use.leaf, use)])
-        for record in analysis.walk.biases:
+        for record in analysis.records.biases:
             if biases.get(record.weight) == record.bias and record.is_in_all_loops:
                 self._edit(record, record.bias, self._centered(record), [])
 
@@ -77,7 +77,7 @@ class Standardization:
         mask = [] if self.minibatch.mask is None else [Key("mask")]
         gives = tuple(_key(name, leaf, at) for name in Found._fields)
         self.edits[at.site.path] = Edit((*takes, *mask), behind, gives)
-        shape = self.analysis.walk.shapes[leaf]
+        shape = self.analysis.records.shapes[leaf]
         self.samples[leaf] = count(at.layout, shape, self.minibatch.axis_name)
 
     def _standardized(self, use: Use) -> Values:
@@ -98,7 +98,7 @@ class Standardization:
     def _centered(self, record: Bias) -> Values:
         """The output without its mean, in the place of the one with the bias."""
         scanned = {axis for axis, _ in record.scanned}
-        sizes = enumerate(self.analysis.walk.shapes[record.bias])
+        sizes = enumerate(self.analysis.records.shapes[record.bias])
         shape = [1 if axis in scanned else size for axis, size in sizes]
 
         def behind(*values: jax.Array) -> Any:

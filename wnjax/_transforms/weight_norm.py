@@ -1,4 +1,4 @@
-"""The transform and its inverse: plain weights to (g, v) nodes and back."""
+"""The transform and its inverse: plain weights to (g, v) leaves and back."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from wnjax._axes.axis_name import AxisName, split_over
 from wnjax._axes.decisions import Axes, NotWeight, Weight, canonical_axes, decide
 from wnjax._leaves.gv import (
     FanIn,
+    GVLeaf,
     LogWeightNorm,
-    Node,
     WeightNorm,
     in_range,
     norm_dtype,
@@ -27,22 +27,22 @@ from wnjax._leaves.gv import (
     sum_of_squares,
 )
 from wnjax._leaves.trees import (
-    box_node,
-    check_holds_nodes,
+    box_gv,
+    check_holds_gv_leaves,
     flatten,
     fold_leaf,
     listing,
     names_on,
     rebox,
     unbox,
-    unbox_node,
+    unbox_gv,
 )
 
 T = TypeVar("T")
 K = TypeVar("K")
 
 
-# A dict, a list or an array does not keep its type: there are nodes where arrays were.
+# A dict, a list or an array does not keep its type: there are (g, v) leaves where arrays were.
 @overload
 def weight_norm(
     params: FrozenDict[Any, Any] | list[Any] | jax.Array,
@@ -66,7 +66,7 @@ def weight_norm(
     log_scale: bool = False,
     axis_name: AxisName = None,
 ) -> Any:
-    """Replaces every neuron weight of `params` by a node with g = ‖w‖ and v = w.
+    """Replaces every neuron weight of `params` by a (g, v) leaf with g = ‖w‖ and v = w.
 
     The function computed is unchanged: `fold(weight_norm(params))` returns the weights.
     In float32 and float64 it does so bit for bit outside `jit`, and to 2 ulp inside it,
@@ -114,7 +114,7 @@ def weight_norm(
           which these are a part.
 
         Feature axes are an int or a tuple of ints; `()` gives the whole leaf one norm.
-      log_scale: make `LogWeightNorm` nodes, g = exp(log_g).
+      log_scale: make `LogWeightNorm` (g, v) leaves, g = exp(log_g).
       axis_name: in `shard_map` or `pmap`, the mesh axes over which fan-in axes are split. One of
 
         * None: over none.
@@ -125,7 +125,7 @@ def weight_norm(
         Outside, where nothing binds the names, arrays are whole, and it changes nothing.
 
     Returns:
-      `params` with a node in the place of every weight. g has v's rank, size 1 on the
+      `params` with a (g, v) leaf in the place of every weight. g has v's rank, size 1 on the
       fan-in axes, and is float32 or wider; v has the weight's shape and dtype. Where nothing
       had to be changed, v and other leaves are the very arrays of `params`: donating one
       to `jit` uses up the other.
@@ -133,11 +133,12 @@ def weight_norm(
     Raises:
       ValueError: if a pattern matches no leaf or never applies, if the naming rules refuse a
         kernel, if nothing is normalized at all, if axes do not fit a leaf, if `params` already
-        has nodes or holds the state of an optimizer, as a `TrainState` does, or if `log_scale`
-        meets neurons of zeros, which it cannot express. (Inside `jit` and other transformations
-        values are not known; they get the smallest gain of their dtype and hardly train.) If a
-        pattern of `axis_name` matches no leaf, or if `shard_map` knows a weight to be the same
-        all along an axis named for it. (That its neurons are split over it cannot be known here.)
+        has (g, v) leaves or holds the state of an optimizer, as a `TrainState` does, or if
+        `log_scale` meets neurons of zeros, which it cannot express. (Inside `jit` and other
+        transformations values are not known; they get the smallest gain of their dtype and hardly
+        train.) If a pattern of `axis_name` matches no leaf, or if `shard_map` knows a weight to be
+        the same all along an axis named for it. (That its neurons are split over it cannot be known
+        here.)
       TypeError: if a leaf to be normalized is not a floating-point array.
 
     >>> import jax.numpy as jnp
@@ -152,10 +153,10 @@ def weight_norm(
            [4.]], dtype=float32)
     """
     boxes, treedef = flatten(params)
-    check_holds_nodes(treedef)
-    if normalized := [path for path, leaf in boxes if unbox_node(leaf) is not None]:
+    check_holds_gv_leaves(treedef)
+    if normalized := [path for path, leaf in boxes if unbox_gv(leaf) is not None]:
         raise ValueError(
-            f"these leaves are weight-norm nodes already; fold(params) first:{listing(normalized)}"
+            f"these are (g, v) leaves already; fold(params) first:{listing(normalized)}"
         )
     decisions = decide(params, axes)
     kept = [f"{path}: {what.reason}" for path, _, what in decisions if isinstance(what, NotWeight)]
@@ -172,11 +173,11 @@ def weight_norm(
 
 
 @overload
-def fold(tree: Node, *, axis_name: AxisName = None) -> Any: ...
+def fold(tree: GVLeaf, *, axis_name: AxisName = None) -> Any: ...
 @overload
 def fold(tree: T, *, axis_name: AxisName = None) -> T: ...
 def fold(tree: Any, *, axis_name: AxisName = None) -> Any:
-    """The inverse of `weight_norm`: every node becomes its weight w = v·(g/‖v‖).
+    """The inverse of `weight_norm`: every (g, v) leaf becomes its weight w = v·(g/‖v‖).
 
     Norms accumulate in float32 for bfloat16 and float16. Where v is zero, or ‖v‖²
     under- or overflows (in float32: ‖v‖ below 3.2e-16 or above 1.8e19), w and all its
@@ -193,20 +194,21 @@ def fold(tree: Any, *, axis_name: AxisName = None) -> Any:
     over the named axes. dL/dv is right there if dL/dw is.
 
     Args:
-      tree: any pytree, with or without nodes, of arrays or of their `jax.ShapeDtypeStruct`s;
-        what is no node is returned as it is. That includes the dicts `{"g": ..., "v": ...}` of a
-        checkpoint restored without a target: see `wnjax.convert.from_dicts`.
+      tree: any pytree, with or without (g, v) leaves, of arrays or of their
+        `jax.ShapeDtypeStruct`s; what is no (g, v) leaf is returned as it is. That includes the
+        dicts `{"g": ..., "v": ...}` of a checkpoint restored without a target: see
+        `wnjax.convert.from_dicts`.
       axis_name: as for `weight_norm`.
 
     Returns:
-      `tree` with a weight of v's shape, dtype and box in the place of every node.
+      `tree` with a weight of v's shape, dtype and box in the place of every (g, v) leaf.
 
     Raises:
-      ValueError: if the shapes of a node's g and v do not fit each other; if `tree` holds the state
-        of an optimizer; if a pattern matches no leaf; if `shard_map` knows that v does not vary
-        along an axis named for it, or that g does; or, for None and where no pattern matches, that
-        v varies along an axis, and g does not. Where shards have been gathered that is right: `()`
-        says so.
+      ValueError: if the shapes of a (g, v) leaf's g and v do not fit each other; if `tree` holds
+        the state of an optimizer; if a pattern matches no leaf; if `shard_map` knows that v does
+        not vary along an axis named for it, or that g does; or, for None and where no pattern
+        matches, that v varies along an axis, and g does not. Where shards have been gathered that
+        is right: `()` says so.
       TypeError: if v is an array and g only a shape.
 
     >>> import jax.numpy as jnp
@@ -233,20 +235,20 @@ def fold(tree: Any, *, axis_name: AxisName = None) -> Any:
            [8.]], dtype=float32)}
     """
     leaves, treedef = flatten(tree)
-    nodes = {i: node for i, (_, leaf) in enumerate(leaves) if (node := unbox_node(leaf))}
+    gv_leaves = {i: gv for i, (_, leaf) in enumerate(leaves) if (gv := unbox_gv(leaf))}
     paths = [path for path, _ in leaves]
-    warn_of_rounded_gains(paths, nodes)
-    mesh_axes = split_over(axis_name, paths, nodes)
+    warn_of_rounded_gains(paths, gv_leaves)
+    mesh_axes = split_over(axis_name, paths, gv_leaves)
     return treedef.unflatten(
         fold_leaf(path, leaf, mesh_axes.get(i, ())) for i, (path, leaf) in enumerate(leaves)
     )
 
 
-def warn_of_rounded_gains(paths: Sequence[str], nodes: Mapping[int, Node]) -> None:
+def warn_of_rounded_gains(paths: Sequence[str], gv_leaves: Mapping[int, GVLeaf]) -> None:
     """Warns of gains that were cast to a dtype narrower than float32, with all others."""
-    dtypes = {paths[i]: jnp.result_type(node[0]) for i, node in nodes.items()}
+    dtypes = {paths[i]: jnp.result_type(gv[0]) for i, gv in gv_leaves.items()}
     narrow = [
-        f"{path or 'the node'}: {dtype}"
+        f"{path or 'the gv'}: {dtype}"
         for path, dtype in dtypes.items()
         if jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32
     ]
@@ -266,19 +268,19 @@ def _normalize(
     check_floating(path, leaf)
     features = canonical_axes(path, leaf, feature_axes)
     if isinstance(leaf, jax.ShapeDtypeStruct):
-        return box_node(box, _abstract(leaf, features, log_scale), features)
+        return box_gv(box, _abstract(leaf, features, log_scale), features)
     # A copy of a numpy array, which its owner may write to.
     w = leaf if isinstance(leaf, jax.Array) else jnp.array(leaf)
     g, v = split(path, w, features, mesh_axes)
     if not log_scale:
-        return box_node(box, WeightNorm(g, v), features)
+        return box_gv(box, WeightNorm(g, v), features)
     _check_no_zeros(path, g)
     log_g = jnp.log(jnp.maximum(g, jnp.finfo(g.dtype).tiny))  # weight decay makes NaN of -inf
-    return box_node(box, LogWeightNorm(log_g, v), features)
+    return box_gv(box, LogWeightNorm(log_g, v), features)
 
 
-def _abstract(w: jax.ShapeDtypeStruct, features: Collection[int], log_scale: bool) -> Node:
-    """The node of a weight of which only shape, dtype and sharding are known."""
+def _abstract(w: jax.ShapeDtypeStruct, features: Collection[int], log_scale: bool) -> GVLeaf:
+    """The (g, v) leaf of a weight of which only shape, dtype and sharding are known."""
     shape = tuple(size if axis in features else 1 for axis, size in enumerate(w.shape))
     sharding = w.sharding
     if isinstance(sharding, NamedSharding | PartitionSpec):
@@ -314,7 +316,7 @@ def _is_known(x: jax.Array) -> bool:
 def split(
     path: str, w: jax.Array, feature_axes: tuple[int, ...], mesh_axes: tuple[str, ...] = ()
 ) -> WeightNorm:
-    """The node of one weight, computing the same function for zero and extreme neurons too."""
+    """The (g, v) leaf of one weight, with the same function for zero and extreme neurons too."""
     fan_in = FanIn(tuple(axis for axis in range(w.ndim) if axis not in feature_axes), mesh_axes)
     squared_norm = sum_of_squares(w, fan_in)
     is_ordinary = in_range(squared_norm)

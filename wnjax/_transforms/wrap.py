@@ -1,4 +1,4 @@
-"""`wrap`: a function of weights as one of nodes, which builds w only where that is cheaper."""
+"""`wrap`: a function for normalized parameters, which builds w only where that is cheaper."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import jax
 import jax.numpy as jnp
 
 from wnjax._analysis.functions import Analysis, Analyzer
-from wnjax._analysis.jaxprs import Walk
+from wnjax._analysis.jaxprs import JaxprAnalyzer
 from wnjax._analysis.layout import Layout
 from wnjax._analysis.rules import is_narrow
 from wnjax._analysis.sizes import is_at_most
 from wnjax._analysis.views import Use
 from wnjax._axes.axis_name import AxisName, split_over
-from wnjax._leaves.gv import Node, gain_axes, scale, weight
+from wnjax._leaves.gv import GVLeaf, gain_axes, scale, weight
 from wnjax._leaves.trees import (
     flatten,
     is_array,
@@ -27,7 +27,7 @@ from wnjax._leaves.trees import (
     outer_box,
     rebox,
     unbox,
-    unbox_node,
+    unbox_gv,
 )
 from wnjax._rewriting.rewrite import Edit, Key, Rewritten, rewrite
 from wnjax._rewriting.scaling import lay_out, times
@@ -50,20 +50,21 @@ def wrap(  # type: ignore[overload-cannot-match]
     fn: Callable[..., R], *, axis_name: AxisName = None
 ) -> Callable[..., R]: ...
 def wrap(fn: Callable[..., Any], *, axis_name: AxisName = None) -> Callable[..., Any]:
-    """Makes of `fn(params, ...)`, of plain weights, the same function of a tree with nodes.
+    """Returns `fn` for normalized parameters.
 
-    Equal to `fn(fold(params), ...)` to rounding, and so are its derivatives of any kind, but
-    cheaper: where a layer's output is smaller than its weight, w is never built, and the
-    scale g/‖v‖ is put on the output instead,
+    The result is that of `fn(fold(params), ...)`, to rounding, and so are its derivatives of any
+    order, but it costs less. Where the output of a layer is no larger than its weight, w is never
+    built. The scale g/‖v‖ multiplies the output instead:
 
         w·x = (g/‖v‖)·(v·x)
 
-    (Sizes alone decide; under `vmap` those of one example. A size that `jax.export` leaves open
-    counts as large.) It traces `fn`, so call it inside `jit`, as one does with a loss. What tracing
-    does not understand gets the folded weight. So does what is computed in float16, whose range v·x
-    may leave where w·x does not; in wider dtypes it may do so only for ‖v‖ beyond what `fold` takes
-    for finite.
-    Inside `shard_map`, where fan-in axes may be split, what `fold` says of derivatives holds.
+    Sizes alone decide; under `vmap` those of one example. A size that `jax.export` leaves open
+    counts as large. `fn` is traced once for all arguments of the same shapes, and every operation
+    of it stays as it is, but for the multiplications. Call the result inside `jit`, as one does
+    with a loss. Where a weight is used in a way that tracing does not understand, or in float16,
+    whose range v·x may leave, `fn` gets the folded weight. In wider dtypes v·x leaves the range
+    only for ‖v‖ beyond what `fold` takes for finite. Inside `shard_map`, where fan-in axes may be
+    split, what `fold` says of derivatives holds.
 
     Source: Salimans & Kingma 2016, https://arxiv.org/abs/1602.07868, equation 2.
 
@@ -74,13 +75,14 @@ def wrap(fn: Callable[..., Any], *, axis_name: AxisName = None) -> Callable[...,
         them, as in y = psum(x @ w), remain those of `fn`.
 
     Returns:
-      The function of the same arguments, but for nodes in `params` wherever one likes. A tree
-      without nodes goes to `fn` as it is, and a warning says so once: `fn` itself is the function
-      of folded parameters.
+      The function of the same arguments, but for (g, v) leaves in `params` wherever one likes. A
+      tree without (g, v) leaves goes to `fn` as it is, and a warning says so once: `fn` itself is
+      the function of folded parameters.
 
     Raises:
       ValueError: when called: if `fn` needs values of the data, or uses axis names that
-        nothing binds; if the shapes of a node's g and v do not fit each other; and as `fold`.
+        nothing binds; if the shapes of a (g, v) leaf's g and v do not fit each other; and as
+        `fold`.
 
     >>> import jax, jax.numpy as jnp, flax.linen as nn
     >>> import wnjax
@@ -100,23 +102,23 @@ def wrap(fn: Callable[..., Any], *, axis_name: AxisName = None) -> Callable[...,
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         params, args, kwargs = params_of_call(fn, args, kwargs)
         boxes, treedef = flatten(params)
-        nodes = {i: node for i, (_, box) in enumerate(boxes) if (node := unbox_node(box))}
-        if not nodes:
+        gv_leaves = {i: gv for i, (_, box) in enumerate(boxes) if (gv := unbox_gv(box))}
+        if not gv_leaves:
             if _may_hold_weights(params) and not is_normalized(params):
                 warn_once()
             return fn(params, *args, **kwargs)
         paths = [path for path, _ in boxes]
-        warn_of_rounded_gains(paths, nodes)
-        mesh_axes = split_over(axis_name, paths, nodes)
+        warn_of_rounded_gains(paths, gv_leaves)
+        mesh_axes = split_over(axis_name, paths, gv_leaves)
         analysis = analyze(params, *args, **kwargs)
-        leaves = _scaled_behind(analysis.walk, nodes)
+        leaves = _scaled_behind(analysis.records, gv_leaves)
         values = treedef.unflatten(
-            _value(box, nodes[i], i in leaves, mesh_axes[i])
-            if i in nodes
+            _value(box, gv_leaves[i], i in leaves, mesh_axes[i])
+            if i in gv_leaves
             else rebox(box, unbox(box))
             for i, (_, box) in enumerate(boxes)
         )
-        scales = {Key("scale", leaf): _scale(nodes[leaf], mesh_axes[leaf]) for leaf in leaves}
+        scales = {Key("scale", leaf): _scale(gv_leaves[leaf], mesh_axes[leaf]) for leaf in leaves}
         program = _program(analysis, leaves, {key: jax.typeof(x) for key, x in scales.items()})
         outputs, _ = program(analysis.inputs(values, *args, **kwargs), scales)
         return analysis.traced.rebuild(outputs)
@@ -153,7 +155,7 @@ def _program(analysis: Analysis, leaves: Set[int], avals: Mapping[Key, Any]) -> 
                 operand=1 - use.operand,
                 stand_in=functools.partial(as_contraction, weight=use.operand),
             )
-            for use in analysis.walk.uses
+            for use in analysis.records.uses
             if use.leaf in leaves
         }
         memo[key] = rewrite(analysis.traced.jaxpr, edits, avals)
@@ -185,26 +187,26 @@ def scales_output(weight_size: Any, output_size: Any) -> bool:
     return is_at_most(output_size, weight_size)
 
 
-def _scaled_behind(walk: Walk, nodes: Mapping[int, Node]) -> set[int]:
+def _scaled_behind(records: JaxprAnalyzer, gv_leaves: Mapping[int, GVLeaf]) -> set[int]:
     """The leaves whose scale goes on the outputs: all that happens to them must allow it."""
     uses: dict[int, list[Use]] = collections.defaultdict(list)
-    for use in walk.uses:
+    for use in records.uses:
         uses[use.leaf].append(use)
-    others = {note.leaf for note in walk.notes} | walk.needed
+    others = {note.leaf for note in records.notes} | records.needed
     return {
         leaf
-        for leaf, node in nodes.items()
-        if uses[leaf] and leaf not in others and node.v.size
-        if all(use.rides and use.fan_in.isdisjoint(gain_axes(node)) for use in uses[leaf])
+        for leaf, gv in gv_leaves.items()
+        if uses[leaf] and leaf not in others and gv.v.size
+        if all(use.is_scalable and use.fan_in.isdisjoint(gain_axes(gv)) for use in uses[leaf])
         if not any(use.is_narrow for use in uses[leaf])  # v·x may overflow where w·x does not
-        if not is_narrow(node.v.dtype)
+        if not is_narrow(gv.v.dtype)
         if scales_output(
-            math.prod(node.v.shape), sum(use.output_size * use.site.trips for use in uses[leaf])
+            math.prod(gv.v.shape), sum(use.output_size * use.site.trips for use in uses[leaf])
         )
     }
 
 
-def _value(box: Any, node: Node, is_scaled_behind: bool, mesh_axes: tuple[str, ...]) -> Any:
-    """What the program gets for a node: v where the scale goes on outputs, else the weight."""
-    value = jnp.asarray(node.v) if is_scaled_behind else _weight(node, mesh_axes)
+def _value(box: Any, gv: GVLeaf, is_scaled_behind: bool, mesh_axes: tuple[str, ...]) -> Any:
+    """The program's input for a (g, v) leaf: v where the scale goes on outputs, else the weight."""
+    value = jnp.asarray(gv.v) if is_scaled_behind else _weight(gv, mesh_axes)
     return rebox(outer_box(box), value)

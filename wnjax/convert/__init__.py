@@ -1,4 +1,4 @@
-"""Weights that other libraries have normalized, and nodes that a file has made dicts of.
+"""Weights that other libraries have normalized, and (g, v) leaves that a file has made dicts of.
 
 Every function takes a whole tree, keeps all that is not weight-normalized as it is, and is pure.
 """

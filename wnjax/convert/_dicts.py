@@ -1,4 +1,4 @@
-"""`from_dicts`: nodes that a file has made dicts of."""
+"""`from_dicts`: (g, v) leaves that a file has made dicts of."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from wnjax.convert._replace import checked, is_array, replaced
 
 
 def from_dicts(tree: Any) -> Any:
-    """A tree of nodes, from the dicts that files keep of them.
+    """A tree of (g, v) leaves, from the dicts that files keep of them.
 
     Orbax and msgpack without a target, and safetensors once its names are nested, give
     `{"g": ..., "v": ...}` for a `WeightNorm`, and `{"log_g": ..., "v": ...}` for a `LogWeightNorm`.
@@ -23,10 +23,10 @@ def from_dicts(tree: Any) -> Any:
       tree: any pytree with such dicts.
 
     Returns:
-      The tree with nodes in their places, of the same arrays.
+      The tree with (g, v) leaves in their places, of the same arrays.
 
     Raises:
-      ValueError: if there is no such dict; or if one has the keys of a node but is none: its
+      ValueError: if there is no such dict; or if one has the keys of a (g, v) leaf but is none: its
         shapes do not fit, or leave no fan-in axis, v is not floating-point, or only one of the
         two is an array. (Such are the lengths in the state of `weight_normalized`: restore that
         with a target.)
@@ -42,7 +42,7 @@ def from_dicts(tree: Any) -> Any:
         frozenset(kind._fields): kind for kind in (WeightNorm, LogWeightNorm)
     }
 
-    def is_dict_of_node(x: Any) -> bool:
+    def is_dict_of_gv_leaf(x: Any) -> bool:
         return (
             isinstance(x, Mapping)
             and frozenset(x) in kinds
@@ -51,17 +51,17 @@ def from_dicts(tree: Any) -> Any:
 
     def converted(path: str, x: Mapping[str, Any]) -> Any:
         kind = kinds[frozenset(x)]
-        node = checked(path, kind(**{name: _without_value(x[name]) for name in kind._fields}))
-        if 1 not in node[0].shape or not jnp.issubdtype(node.v.dtype, jnp.floating):
+        gv = checked(path, kind(**{name: _without_value(x[name]) for name in kind._fields}))
+        if 1 not in gv[0].shape or not jnp.issubdtype(gv.v.dtype, jnp.floating):
             raise ValueError(
                 f"{path} has the keys of a {kind.__name__}, but {kind._fields[0]} has no axis of "
                 f"size 1, to be a fan-in axis, or v is not floating-point: {kind._fields[0]} has "
-                f"shape {node[0].shape}, v {node.v.shape} and dtype {node.v.dtype}. If this is no "
-                "node, convert the rest of the tree without it"
+                f"shape {gv[0].shape}, v {gv.v.shape} and dtype {gv.v.dtype}. If this is no "
+                "(g, v) leaf, convert the rest of the tree without it"
             )
-        return node
+        return gv
 
-    return replaced(tree, is_dict_of_node, converted, "dict of a node")
+    return replaced(tree, is_dict_of_gv_leaf, converted, "dict of a (g, v) leaf")
 
 
 def _without_value(x: Any) -> Any:

@@ -14,8 +14,8 @@ from wnjax.convert._replace import checked, replaced
 def from_equinox(tree: Any) -> Any:
     """A model with `equinox.nn.WeightNorm` layers, as the same model without them.
 
-    In the place of `WeightNorm(layer)` is the layer, with a node in the place of its weight: the
-    very g and v, and so the same function, w = g·v/‖v‖, and the same gradients, to rounding.
+    In the place of `WeightNorm(layer)` is the layer, with a (g, v) leaf in the place of its weight:
+    the very g and v, and so the same function, w = g·v/‖v‖, and the same gradients, to rounding.
     Call it by `wrap` or after `fold`.
 
     Source: Salimans & Kingma 2016, https://arxiv.org/abs/1602.07868, equation 2.
@@ -47,12 +47,12 @@ def from_equinox(tree: Any) -> Any:
 
     def converted(path: str, old: Any) -> Any:
         if any(map(is_layer, jax.tree.leaves(old.layer, is_leaf=is_layer))):
-            raise ValueError(f"{path}: a WeightNorm inside another; a node has one g")
-        node = checked(path, WeightNorm(old.g, getattr(old.layer, old.weight_name)))
+            raise ValueError(f"{path}: a WeightNorm inside another; a (g, v) leaf has one g")
+        gv = checked(path, WeightNorm(old.g, getattr(old.layer, old.weight_name)))
 
         def put(leaf_path: Any, leaf: Any) -> Any:
             is_weight = jax.tree_util.keystr(leaf_path, simple=True) == old.weight_name
-            return node if is_weight else leaf
+            return gv if is_weight else leaf
 
         return jax.tree_util.tree_map_with_path(put, old.layer)
 

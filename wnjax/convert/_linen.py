@@ -9,8 +9,8 @@ from flax.core import FrozenDict, freeze
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from wnjax._axes.decisions import FeatureAxes, first_patterns
-from wnjax._leaves.trees import box_node, listing
-from wnjax.convert._scales import Key, Parts, as_path, node_of, parts_of
+from wnjax._leaves.trees import box_gv, listing
+from wnjax.convert._scales import Key, Parts, as_path, gv_of, parts_of
 
 
 def from_linen(
@@ -24,8 +24,8 @@ def from_linen(
 
         w = s·v/√(‖v‖² + ε)
 
-    A node takes the place of every v; the wrapper's scope goes. So the result fits the model in
-    which `nn.WeightNorm(layer)` has become `layer` (use it with `wrap` or `fold`) or
+    A (g, v) leaf takes the place of every v; the wrapper's scope goes. So the result fits the model
+    in which `nn.WeightNorm(layer)` has become `layer` (use it with `wrap` or `fold`) or
     `wnjax.linen.WeightNorm(layer)`, if the layers keep their names: `Dense_0` for a layer made
     in a compact call, the attribute's name for one made in `setup`. What the wrapper called
     `layer_instance`, a layer without a name of its own, takes the wrapper's place.
@@ -81,8 +81,8 @@ def from_linen(
     axes = _axes_of(scales, feature_axes)
     for key, scale in scales.items():
         box = leaves[key]
-        node, features = node_of(as_path(key), box, leaves.pop(scale), axes[key], epsilon)
-        leaves[key] = box_node(box, node, features)
+        gv, features = gv_of(as_path(key), box, leaves.pop(scale), axes[key], epsilon)
+        leaves[key] = box_gv(box, gv, features)
     tree = unflatten_dict(_without_wrappers(leaves, scales))
     return freeze(tree) if isinstance(params, FrozenDict) else tree
 
@@ -100,7 +100,7 @@ def _linen_scales(keys: Mapping[Parts, Key]) -> dict[Key, Key]:
             continue  # of a LayerNorm, say
         if weight in found or parts_of(weight)[-1:] == ("scale",):
             raise ValueError(
-                f"{as_path(weight)} is normalized twice, by {'/'.join(parts)} too: a node has one g"
+                f"{as_path(weight)} is normalized twice, by {'/'.join(parts)} too: it has one g"
             )
         found[weight] = key
     return found

@@ -12,8 +12,8 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from wnjax._axes.decisions import FeatureAxes
-from wnjax._leaves.trees import box_node, listing, unbox
-from wnjax.convert._scales import Key, as_path, features_of, gain_of, node_of, parts_of
+from wnjax._leaves.trees import box_gv, listing, unbox
+from wnjax.convert._scales import Key, as_path, features_of, gain_of, gv_of, parts_of
 from wnjax.nnx import WeightNorm as NNXWeightNorm
 from wnjax.nnx import as_pair
 
@@ -120,11 +120,11 @@ def _nnx_state(flat: dict[Key, Any], feature_axes: Any, epsilon: float) -> dict[
         if weight is None:
             raise ValueError(f"{as_path(key)}: found no weight that this is the scale of")
         box = result.pop(weight)
-        node, features = node_of(as_path(weight), box, result.pop(key), feature_axes, epsilon)
-        if len(features) == node.v.ndim:
+        gv, features = gv_of(as_path(weight), box, result.pop(key), feature_axes, epsilon)
+        if len(features) == gv.v.ndim:
             raise ValueError(f"{as_path(weight)} has no fan-in axis, over which to take a norm")
         inside = weight[: len(weight) - len(end)]
-        for name, x in as_pair(box_node(box, node, features))._asdict().items():
+        for name, x in as_pair(box_gv(box, gv, features))._asdict().items():
             result[*inside, name, *end] = x
     if result.keys() == flat.keys():
         raise ValueError(

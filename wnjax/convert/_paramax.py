@@ -12,14 +12,14 @@ from wnjax.convert._replace import checked, replaced
 
 
 def from_paramax(tree: Any) -> Any:
-    """A model with `paramax.WeightNormalization`, as the same model with nodes in its place.
+    """A model with `paramax.WeightNormalization`, as the same model with (g, v) leaves instead.
 
     g is the scale itself, which paramax keeps as softplus⁻¹(g): w = g·v/‖v‖ is the same, to
     rounding. So is the gradient of v, but a step changes g directly, and may make it negative.
     The norm runs over the last axis, whatever the layer sums over.
 
-    Other wrappers stay where they are, around a node too: use `paramax.unwrap` of what `fold` or
-    `wrap` gives, as `wrap(lambda model, x: paramax.unwrap(model)(x))`.
+    Other wrappers stay where they are, around a (g, v) leaf too: use `paramax.unwrap` of what
+    `fold` or `wrap` gives, as `wrap(lambda model, x: paramax.unwrap(model)(x))`.
 
     Source: Salimans & Kingma 2016, https://arxiv.org/abs/1602.07868, equation 2.
 
@@ -31,7 +31,7 @@ def from_paramax(tree: Any) -> Any:
 
     Raises:
       ValueError: if there is no such wrapper; if one has another inside, around its weight
-        (a mask, say, that a node would lose) or in its scale; or if it has no arrays.
+        (a mask, say, that a (g, v) leaf would lose) or in its scale; or if it has no arrays.
 
     >>> import jax, jax.numpy as jnp, paramax
     >>> import wnjax
@@ -54,7 +54,7 @@ def from_paramax(tree: Any) -> Any:
         if any(map(is_any_wrapper, jax.tree.leaves(parts, is_leaf=is_any_wrapper))):
             raise ValueError(
                 f"{path}: a wrapper inside the WeightNormalization, around its weight or in its "
-                "scale, has no place in a node. Unwrap it first, or keep this weight in paramax"
+                "scale, cannot be in a (g, v) leaf. Unwrap it first, or keep the weight as it is"
             )
         return checked(path, WeightNorm(scale.unwrap() if is_function else scale, old.weight))
 

@@ -1,4 +1,4 @@
-"""Nodes in the place of what is found in a tree."""
+"""(g, v) leaves in the place of what is found in a tree."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ def replaced(tree: Any, is_one: Any, converted: Any, what: str) -> Any:
     )
 
 
-def checked(path: str, node: Any) -> Any:
-    """A node, if it is of arrays whose shapes fit each other."""
-    for name, x in zip(node._fields, node, strict=True):
+def checked(path: str, gv: Any) -> Any:
+    """A (g, v) leaf, if it is of arrays whose shapes fit each other."""
+    for name, x in zip(gv._fields, gv, strict=True):
         if not is_array(x):
             raise ValueError(f"{path}: {name} should be an array, but is a {type(x).__name__}")
     try:
-        fan_in_axes(node)
+        fan_in_axes(gv)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    return node
+    return gv
 
 
 def is_array(x: Any) -> bool:

@@ -15,10 +15,10 @@ Key = tuple[Any, ...]  # of a leaf in nested dicts
 Parts = tuple[str, ...]  # of a slash path
 
 
-def node_of(
+def gv_of(
     path: str, box: Any, scale: Any, feature_axes: Any, epsilon: float
 ) -> tuple[WeightNorm, tuple[int, ...]]:
-    """The node of a weight v of Flax's, and its feature axes."""
+    """The (g, v) leaf of a weight v of Flax's, and its feature axes."""
     v, scale = unbox(box), unbox(scale)
     check_floating(path, v)
     features = features_of(path, v, scale, feature_axes)

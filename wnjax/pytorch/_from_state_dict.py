@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding
 from wnjax._axes.decisions import first_patterns
 from wnjax._leaves.gv import WeightNorm, norm_dtype
 from wnjax._leaves.trees import (
-    box_node,
+    box_gv,
     check_not_apart,
     flatten,
     listing,
@@ -23,7 +23,7 @@ from wnjax._leaves.trees import (
     outer_box,
     rebox,
     unbox,
-    unbox_node,
+    unbox_gv,
 )
 from wnjax.pytorch._entries import Entry, Misfit, Missing, StateDict, Untold
 from wnjax.pytorch._layouts import TELL, UNTOLD, Chosen, Layout, Layouts, fitting, layouts_of
@@ -44,7 +44,7 @@ def from_state_dict(  # noqa: PLR0913 - each says one thing about the checkpoint
 ) -> Any:
     """The parameters of a PyTorch model, as those of a Flax model.
 
-    What PyTorch keeps as g and v, of w = g·v/‖v‖, becomes a `WeightNorm` node with the very
+    What PyTorch keeps as g and v, of w = g·v/‖v‖, becomes a `WeightNorm` (g, v) leaf with the very
     numbers; everything else, batch norm's running statistics included, comes along as it is. Both
     styles of keys are read, also in one file: `weight_g`, `weight_v`, and
     `parametrizations.weight.original0`, `original1`. `dim` is read off the shape of g.
@@ -59,8 +59,8 @@ def from_state_dict(  # noqa: PLR0913 - each says one thing about the checkpoint
       template: the tree to be filled, of arrays or `jax.ShapeDtypeStruct`s: Linen parameters or
         whole variables (paths are then those inside of `params` and `batch_stats`), or the
         `nnx.State` of a model, whose random state is left as it is; shapes, dtypes, boxes and
-        shardings are taken from it. Where it holds nodes, the checkpoint must have g and v of
-        that shape.
+        shardings are taken from it. Where it holds (g, v) leaves, the checkpoint must have g and v
+        of that shape.
       names: a dict from regular expressions, matched against the whole slash path, to PyTorch
         names, in which `\\1` stands for the first group; the first match wins. The last part of
         the name is translated where it comes out of a group, and is what it says where it is
@@ -94,8 +94,8 @@ def from_state_dict(  # noqa: PLR0913 - each says one thing about the checkpoint
         neuron by up to 1/2048 (float16) or 1/256 (bfloat16).
 
     Returns:
-      `template` with the values of the checkpoint, and nodes where it has g and v. v has the
-      template's dtype, and g is float32 or wider.
+      `template` with the values of the checkpoint, and (g, v) leaves where it has g and v. v has
+      the template's dtype, and g is float32 or wider.
 
     Raises:
       ValueError: with all that does not fit: leaves without a parameter, parameters without a
@@ -164,9 +164,9 @@ def _counted(items: list[str]) -> list[str]:
 
 
 def _weight(leaf: Any) -> Any:
-    """The array of a leaf, v where it is a node."""
-    node = unbox_node(leaf)
-    return unbox(leaf) if node is None else node.v
+    """The array of a leaf, v where it is a (g, v) leaf."""
+    gv = unbox_gv(leaf)
+    return unbox(leaf) if gv is None else gv.v
 
 
 def _loaded(
@@ -188,7 +188,7 @@ def _loaded(
     if not choice.is_told:
         raise Untold
     v = _cast(entry.v_name, layout.to_flax(entry.v, np.shape(like)), like.dtype)
-    wanted = unbox_node(leaf)
+    wanted = unbox_gv(leaf)
     if entry.g is None:
         if wanted is not None:
             raise Misfit(
@@ -204,8 +204,8 @@ def _loaded(
             f"{type(wanted).__name__} with {wanted._fields[0]} of shape {np.shape(wanted[0])}"
         )
     features = [axis for axis, size in enumerate(g.shape) if size > 1]
-    node = WeightNorm(_placed(g, like, features), _placed(v, like, range(v.ndim)))
-    return box_node(outer_box(leaf), node, features)
+    gv = WeightNorm(_placed(g, like, features), _placed(v, like, range(v.ndim)))
+    return box_gv(outer_box(leaf), gv, features)
 
 
 def _entry(source: StateDict, part: Part) -> Entry:

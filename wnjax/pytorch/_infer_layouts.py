@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from wnjax._analysis.functions import Analyzer
-from wnjax._analysis.jaxprs import Walk
+from wnjax._analysis.jaxprs import JaxprAnalyzer
 from wnjax._analysis.layout import Atom, Axis
-from wnjax._analysis.views import Info, Track, Use
+from wnjax._analysis.views import Info, LeafView, Use
 from wnjax._transforms.arguments import params_of_call
 from wnjax.pytorch._layouts import Layout, name_of
 from wnjax.pytorch._names import without_collections
@@ -54,16 +54,16 @@ def infer_layouts(fn: Callable[..., Any]) -> Callable[..., dict[str, str | Layou
     def inferred(*args: Any, **kwargs: Any) -> dict[str, str | Layout]:
         params, args, kwargs = params_of_call(fn, args, kwargs)
         analysis = analyze(params, *args, **kwargs)
-        walk = _Convolutions([getattr(array, "shape", ()) for array in analysis.arrays])
-        walk.analyze(analysis.traced.jaxpr, analysis.infos)
-        for use in analysis.walk.uses:
+        records = _Convolutions([getattr(array, "shape", ()) for array in analysis.arrays])
+        records.analyze(analysis.traced.jaxpr, analysis.infos)
+        for use in analysis.records.uses:
             if _is_linear(use, analysis.paths[use.leaf]):
                 layout = Layout((tuple(sorted(use.features)), tuple(sorted(use.fan_in))))
-                walk.found.setdefault(use.leaf, set()).add(layout)
+                records.found.setdefault(use.leaf, set()).add(layout)
         inside = without_collections(analysis.paths)
         return {
             re.escape(inside[leaf]): name_of(layout)
-            for leaf, layouts in sorted(walk.found.items())
+            for leaf, layouts in sorted(records.found.items())
             for layout in layouts
             if layout is not None and len(layouts) == 1
         }
@@ -78,8 +78,8 @@ def _is_linear(use: Use, path: str) -> bool:
     return is_kernel and is_product and not use.site.is_backward
 
 
-class _Convolutions(Walk):
-    """A walk that writes down how convolutions take their kernels.
+class _Convolutions(JaxprAnalyzer):
+    """A analysis that writes down how convolutions take their kernels.
 
     Attributes:
       found: the layouts of every leaf, one for each way in which it is used, None where the
@@ -93,14 +93,14 @@ class _Convolutions(Walk):
     def equation(self, eqn: Any, ins: Sequence[Info]) -> list[Info]:
         """What is known of the outputs of one equation."""
         if eqn.primitive.name == "conv_general_dilated" and not self.site(eqn).is_backward:
-            for track in ins[1].tracks:
-                self.found.setdefault(track.leaf, set()).add(self._layout(eqn, track))
+            for view in ins[1].views:
+                self.found.setdefault(view.leaf, set()).add(self._layout(eqn, view))
         return super().equation(eqn, ins)
 
-    def _layout(self, eqn: Any, track: Track) -> Layout | None:
+    def _layout(self, eqn: Any, view: LeafView) -> Layout | None:
         """The order in which PyTorch keeps a kernel; None if the equation does not show it."""
-        shape = self.shape(track.leaf)
-        places = [_place(axis, shape) for axis in track.layout]
+        shape = self.shape(view.leaf)
+        places = [_place(axis, shape) for axis in view.layout]
         found = [place for place in places if place is not None]
         if sorted(axis for axis, _ in found) != list(range(len(shape))) or None in places:
             return None

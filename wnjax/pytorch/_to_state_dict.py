@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 from wnjax._leaves.gv import gain
-from wnjax._leaves.trees import check_not_apart, flatten, listing, unbox, unbox_node
+from wnjax._leaves.trees import check_not_apart, flatten, listing, unbox, unbox_gv
 from wnjax.pytorch._entries import STYLES, check_prefix, is_numeric, opened
 from wnjax.pytorch._layouts import TELL, UNTOLD, Layout, Layouts, layouts_of
 from wnjax.pytorch._modules import layouts_of_modules
@@ -40,11 +40,11 @@ def to_state_dict(  # noqa: PLR0913 - what read the checkpoint, and what is to b
     what PyTorch writes to them does not come into `tree`.
 
     Args:
-      tree: parameters or variables, with or without nodes; `LogWeightNorm`'s g is exp(log_g).
-        Random state is left out.
+      tree: parameters or variables, with or without (g, v) leaves; `LogWeightNorm`'s g is
+        exp(log_g). Random state is left out.
       names: as for `from_state_dict`; a leaf whose name is None is left out.
       layouts: likewise.
-      model: likewise; or the `wnjax.nnx.WeightNorm` whose `nodes()` the tree is.
+      model: likewise; or the `wnjax.nnx.WeightNorm` whose `normalized()` the tree is.
       prefix: put before all names.
       style: of the keys of g and v: `"parametrizations"`, for
         `torch.nn.utils.parametrizations.weight_norm`, or `"weight_g"`, for
@@ -59,11 +59,11 @@ def to_state_dict(  # noqa: PLR0913 - what read the checkpoint, and what is to b
       v's rank, size 1 on all axes but `dim`, or no axes.
 
     Raises:
-      ValueError: if a node has gains along several axes of the PyTorch parameter, which PyTorch
-        cannot have; if two leaves have one name, or parts of a parameter are missing or unlike
-        each other; if a pattern matches no leaf, or `style` is unknown; if nothing tells the layout
-        of a kernel with as many inputs as outputs; if `tree` is the state of a
-        `wnjax.nnx.WeightNorm`: take its `nodes()`.
+      ValueError: if a (g, v) leaf has gains along several axes of the PyTorch parameter, which
+        PyTorch cannot have; if two leaves have one name, or parts of a parameter are missing or
+        unlike each other; if a pattern matches no leaf, or `style` is unknown; if nothing tells the
+        layout of a kernel with as many inputs as outputs; if `tree` is the state of a
+        `wnjax.nnx.WeightNorm`: take its `normalized()`.
       TypeError: if a leaf is no array of numbers, `prefix` no string, or `model` no NNX module.
 
     >>> import jax.numpy as jnp
@@ -120,14 +120,14 @@ class _Piece(NamedTuple):
 
 
 def _arrays(path: str, leaf: Any) -> tuple[np.ndarray | None, np.ndarray]:
-    node = unbox_node(leaf)
-    arrays = (None, unbox(leaf)) if node is None else (node[0], node.v)
+    gv = unbox_gv(leaf)
+    arrays = (None, unbox(leaf)) if gv is None else (gv[0], gv.v)
     for x in arrays:
         if x is not None and not isinstance(x, jax.Array | np.ndarray | np.generic):
             raise TypeError(f"{path} is a {type(x).__name__}, no array")
         if x is not None and not is_numeric(x.dtype):
             raise TypeError(f"{path} is an array of {x.dtype}, not of numbers")
-    return None if node is None else np.asarray(gain(node)), np.asarray(arrays[1])
+    return None if gv is None else np.asarray(gain(gv)), np.asarray(arrays[1])
 
 
 def _written(
@@ -158,7 +158,7 @@ def _add(pieces: dict[int, _Piece], index: int, piece: _Piece, name: str) -> Non
     if (other.parts, other.g is None) != (piece.parts, piece.g is None):
         raise ValueError(
             f"{other.path} and {piece.path} are parts of {name}, and must be of one count, and "
-            "both nodes or both plain"
+            "both (g, v) leaves or both plain"
         )
     if piece.parts > 1 and piece.g is not None and piece.g.shape[0] != piece.v.shape[0]:
         raise ValueError(

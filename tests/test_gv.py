@@ -1,4 +1,4 @@
-"""The arithmetic of a node: the paper's formulas, derivatives, extremes, and its cost in XLA."""
+"""The arithmetic of a (g, v) leaf: the paper's formulas, derivatives, extremes, cost in XLA."""
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +15,8 @@ SHAPES = {"dense": ((6, 5), -1), "conv": ((3, 3, 2, 4), -1), "heads": ((4, 2, 3)
 
 
 @st.composite
-def nodes(draw):
-    """A float64 node of numpy arrays: any sign of g, ‖v‖ from about 1e-6 to 1e6."""
+def normalized_params(draw):
+    """A float64 (g, v) leaf of numpy arrays: any sign of g, ‖v‖ from about 1e-6 to 1e6."""
     shape, feature_axes = SHAPES[draw(st.sampled_from(sorted(SHAPES)))]
     features = {axis % len(shape) for axis in np.atleast_1d(feature_axes)}
     gain_shape = [size if axis in features else 1 for axis, size in enumerate(shape)]
@@ -25,24 +25,24 @@ def nodes(draw):
     return wnjax.WeightNorm(rng.normal(size=gain_shape), v)
 
 
-def fan_in(node):
-    return tuple(i for i, size in enumerate(node.g.shape) if size != node.v.shape[i])
+def fan_in(gv):
+    return tuple(i for i, size in enumerate(gv.g.shape) if size != gv.v.shape[i])
 
 
-def random_like(tree, seed=2**33):  # a seed that `nodes` never draws
+def random_like(tree, seed=2**33):  # a seed that (g, v) leaves never draws
     rng = np.random.default_rng(seed)
     return jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), tree)
 
 
-@given(node=nodes())
+@given(gv=normalized_params())
 @settings(max_examples=50, deadline=None, derandomize=True)
-def test_gradients_are_the_papers(node):
+def test_gradients_are_the_papers(gv):
     with jax.enable_x64(True):
-        w, pullback = jax.vjp(wnjax.fold, node)
+        w, pullback = jax.vjp(wnjax.fold, gv)
         grad_w = random_like(w)
         (grad,) = pullback(grad_w)
 
-    g, v, axes, grad_w = np.asarray(node.g), np.asarray(node.v), fan_in(node), np.asarray(grad_w)
+    g, v, axes, grad_w = np.asarray(gv.g), np.asarray(gv.v), fan_in(gv), np.asarray(grad_w)
     norm = np.sqrt((v**2).sum(axes, keepdims=True))
     grad_g = (grad_w * v).sum(axes, keepdims=True) / norm
     grad_v = g / norm * grad_w - g * grad_g / norm**2 * v
@@ -53,28 +53,28 @@ def test_gradients_are_the_papers(node):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
-@given(node=nodes())
+@given(gv=normalized_params())
 @settings(max_examples=50, deadline=None, derandomize=True)
-def test_gradient_of_v_is_orthogonal_to_v(node, dtype):
+def test_gradient_of_v_is_orthogonal_to_v(gv, dtype):
     with jax.enable_x64(True):
-        node = jax.tree.map(lambda x: jnp.asarray(x, dtype), node)
-        w, pullback = jax.vjp(wnjax.fold, node)
+        gv = jax.tree.map(lambda x: jnp.asarray(x, dtype), gv)
+        w, pullback = jax.vjp(wnjax.fold, gv)
         (grad,) = pullback(random_like(w))
-        axes, eps = fan_in(node), float(jnp.finfo(dtype).eps)
-        v, grad_v = np.asarray(node.v, np.float64), np.asarray(grad.v, np.float64)
+        axes, eps = fan_in(gv), float(jnp.finfo(dtype).eps)
+        v, grad_v = np.asarray(gv.v, np.float64), np.asarray(grad.v, np.float64)
     along = (v * grad_v).sum(axes)
     lengths = np.sqrt((v**2).sum(axes) * (grad_v**2).sum(axes))
     # Where the projected gradient is itself tiny, rounding of the unprojected one shows.
-    unprojected = np.abs(np.asarray(node.g, np.float64)).reshape(along.shape) * np.sqrt(v.size)
+    unprojected = np.abs(np.asarray(gv.g, np.float64)).reshape(along.shape) * np.sqrt(v.size)
     assert (np.abs(along) <= 8 * eps * (lengths + unprojected)).all()
 
 
-@given(node=nodes(), factor=st.floats(1e-3, 1e3))
+@given(gv=normalized_params(), factor=st.floats(1e-3, 1e3))
 @settings(max_examples=30, deadline=None, derandomize=True)
-def test_length_of_v_scales_only_its_gradient(node, factor):
+def test_length_of_v_scales_only_its_gradient(gv, factor):
     with jax.enable_x64(True):
-        longer = wnjax.WeightNorm(node.g, node.v * factor)
-        w, pullback = jax.vjp(wnjax.fold, node)
+        longer = wnjax.WeightNorm(gv.g, gv.v * factor)
+        w, pullback = jax.vjp(wnjax.fold, gv)
         longer_w, longer_pullback = jax.vjp(wnjax.fold, longer)
         grad_w = random_like(w)
         (grad,), (longer_grad,) = pullback(grad_w), longer_pullback(grad_w)
@@ -92,17 +92,17 @@ def test_hessian_vector_product_equals_finite_differences(name, kind, x64):
     """Forward over reverse, as physics-informed users take it."""
     shape, feature_axes = SHAPES[name]
     rng = np.random.default_rng(0)
-    node = wnjax.weight_norm({"w": jnp.asarray(rng.normal(size=shape))}, {"w": feature_axes})["w"]
-    node = kind(*random_like(node, seed=1))
+    gv = wnjax.weight_norm({"w": jnp.asarray(rng.normal(size=shape))}, {"w": feature_axes})["w"]
+    gv = kind(*random_like(gv, seed=1))
     a = jnp.asarray(rng.normal(size=shape))
 
-    gradient = jax.jit(jax.grad(lambda node: jnp.sum(jnp.tanh(a * wnjax.fold(node)))))
-    tangent = random_like(node, seed=2)
-    hvp = jax.jit(lambda n, t: jax.jvp(gradient, (n,), (t,))[1])(node, tangent)
+    gradient = jax.jit(jax.grad(lambda gv: jnp.sum(jnp.tanh(a * wnjax.fold(gv)))))
+    tangent = random_like(gv, seed=2)
+    hvp = jax.jit(lambda n, t: jax.jvp(gradient, (n,), (t,))[1])(gv, tangent)
 
     step = 1e-5
     ahead, behind = (
-        gradient(jax.tree.map(lambda x, t, sign=sign: x + sign * step * t, node, tangent))
+        gradient(jax.tree.map(lambda x, t, sign=sign: x + sign * step * t, gv, tangent))
         for sign in (1, -1)
     )
     difference = jax.tree.map(lambda a, b: (a - b) / (2 * step), ahead, behind)
@@ -113,14 +113,14 @@ def test_hessian_vector_product_equals_finite_differences(name, kind, x64):
 
 @pytest.mark.parametrize("order", [("rev", "rev"), ("fwd", "fwd"), ("rev", "fwd")])
 def test_second_derivatives_agree_in_every_mode(order, x64):
-    node = random_like(wnjax.WeightNorm(jnp.ones((1, 2)), jnp.ones((3, 2))))
+    gv = random_like(wnjax.WeightNorm(jnp.ones((1, 2)), jnp.ones((3, 2))))
     jacobian = {"rev": jax.jacrev, "fwd": jax.jacfwd}
 
-    def f(node):
-        return jnp.sum(jnp.sin(jax.checkpoint(wnjax.fold)(node)))
+    def f(gv):
+        return jnp.sum(jnp.sin(jax.checkpoint(wnjax.fold)(gv)))
 
     outer, inner = (jacobian[mode] for mode in order)
-    actual, expected = outer(inner(f))(node), jax.hessian(f)(node)
+    actual, expected = outer(inner(f))(gv), jax.hessian(f)(gv)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), actual, expected)
 
 
@@ -131,7 +131,7 @@ def test_all_lengths_of_v_in_range_have_right_derivatives(length, jit):
     rng = np.random.default_rng(0)
     v, g, grad_w = rng.normal(size=(8, 3)), rng.normal(size=(1, 3)), rng.normal(size=(8, 3))
     v *= length / np.linalg.norm(v, axis=0)
-    pull = jax.jit(lambda node, ct: jax.vjp(wnjax.fold, node)[1](ct)[0])
+    pull = jax.jit(lambda gv, ct: jax.vjp(wnjax.fold, gv)[1](ct)[0])
 
     def gradients(dtype):
         cast = [jnp.asarray(x, dtype) for x in (g, v, grad_w)]
@@ -148,11 +148,11 @@ def test_all_lengths_of_v_in_range_have_right_derivatives(length, jit):
 
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
 def test_broken_weights_stay_visible(bad):
-    node = wnjax.WeightNorm(g=jnp.ones((1, 2)), v=jnp.array([[bad, 1.0], [1.0, 0.0]]))
-    w = wnjax.fold(node)
+    gv = wnjax.WeightNorm(g=jnp.ones((1, 2)), v=jnp.array([[bad, 1.0], [1.0, 0.0]]))
+    w = wnjax.fold(gv)
     assert jnp.isnan(w[0, 0])
     np.testing.assert_array_equal(w[:, 1], [1, 0])
-    normalized = wnjax.fold(wnjax.weight_norm({"kernel": node.v}))["kernel"]
+    normalized = wnjax.fold(wnjax.weight_norm({"kernel": gv.v}))["kernel"]
     assert not jnp.isfinite(normalized[0, 0])
     np.testing.assert_array_equal(normalized[:, 1], [1, 0])
 
@@ -164,11 +164,11 @@ def test_weights_out_of_range_are_kept(dtype, size, jit):
     """‖w‖² under- or overflows; g is still ‖w‖, and v is scaled into range."""
     w = jnp.array([[3 * size, 1.0], [-4 * size, 2.0]], dtype)
     transform = jax.jit(wnjax.weight_norm) if jit else wnjax.weight_norm
-    node = transform({"kernel": w})["kernel"]
+    gv = transform({"kernel": w})["kernel"]
     eps = float(jnp.finfo(dtype).eps)
-    np.testing.assert_allclose(node.g[0, 0], 5 * size, rtol=2 * eps)
-    np.testing.assert_array_equal(node.v[:, 1], w[:, 1])
-    folded, w = (np.asarray(x, np.float64) for x in (wnjax.fold(node), w))
+    np.testing.assert_allclose(gv.g[0, 0], 5 * size, rtol=2 * eps)
+    np.testing.assert_array_equal(gv.v[:, 1], w[:, 1])
+    folded, w = (np.asarray(x, np.float64) for x in (wnjax.fold(gv), w))
     np.testing.assert_allclose(folded, w, rtol=2 * eps)
 
 
@@ -183,10 +183,10 @@ def test_weights_out_of_range_are_kept(dtype, size, jit):
 )
 def test_norms_of_low_precision_weights_are_float32(dtype, value, size, norm):
     w = jnp.full((size, 1), value, dtype)
-    node = wnjax.weight_norm({"kernel": w})["kernel"]
-    assert (node.g.dtype, node.v.dtype) == (jnp.float32, dtype)
-    np.testing.assert_allclose(node.g, norm, rtol=2e-3 if value == 1e-4 else 1e-6)
-    np.testing.assert_array_equal(wnjax.fold(node), w)
+    gv = wnjax.weight_norm({"kernel": w})["kernel"]
+    assert (gv.g.dtype, gv.v.dtype) == (jnp.float32, dtype)
+    np.testing.assert_allclose(gv.g, norm, rtol=2e-3 if value == 1e-4 else 1e-6)
+    np.testing.assert_array_equal(wnjax.fold(gv), w)
 
 
 ROUNDED = pytest.mark.parametrize("use", [wnjax.fold, wnjax.wrap(lambda params: params)])
@@ -196,9 +196,9 @@ ROUNDED = pytest.mark.parametrize("use", [wnjax.fold, wnjax.wrap(lambda params: 
 def test_gain_of_lower_precision_is_accepted_with_a_warning(use):
     """As after casting a whole tree to bfloat16."""
     v = jnp.array([[3.0], [4.0]], jnp.bfloat16)
-    node = wnjax.WeightNorm(g=jnp.full((1, 1), 10, jnp.bfloat16), v=v)
+    gv = wnjax.WeightNorm(g=jnp.full((1, 1), 10, jnp.bfloat16), v=v)
     with pytest.warns(UserWarning, match=r"rounding has changed .*\n  dense/kernel: bfloat16"):
-        w = use({"dense": {"kernel": node}})["dense"]["kernel"]
+        w = use({"dense": {"kernel": gv}})["dense"]["kernel"]
     assert w.dtype == jnp.bfloat16
     np.testing.assert_array_equal(w, [[6.0], [8.0]])
 
@@ -207,22 +207,27 @@ def test_gain_of_lower_precision_is_accepted_with_a_warning(use):
 def test_casting_without_rounding_gains(how):
     """What the warning and the docs recommend: lengths are off by the rounding of w alone."""
     tree = {"kernel": jax.random.normal(jax.random.key(0), (512, 64))}
-    nodes = wnjax.weight_norm(tree)
+    normalized_params = wnjax.weight_norm(tree)
 
     def cast(tree):
         return jax.tree.map(lambda x: x.astype(jnp.bfloat16), tree)
 
     if how == "fold first":
-        low = cast(wnjax.fold(nodes))
+        low = cast(wnjax.fold(normalized_params))
     elif how == "inside":
-        low = wnjax.wrap(cast)(nodes)
+        low = wnjax.wrap(cast)(normalized_params)
     else:
-        labels = wnjax.labels(nodes)
+        labels = wnjax.labels(normalized_params)
         low = wnjax.fold(
-            jax.tree.map(lambda x, y, of: x if of == "g" else y, nodes, cast(nodes), labels)
+            jax.tree.map(
+                lambda x, y, of: x if of == "g" else y,
+                normalized_params,
+                cast(normalized_params),
+                labels,
+            )
         )
     with pytest.warns(UserWarning, match="rounding has changed"):
-        rounded = wnjax.fold(cast(nodes))
+        rounded = wnjax.fold(cast(normalized_params))
 
     def error(low):
         lengths = np.linalg.norm(np.asarray(low["kernel"], np.float64), axis=0)
@@ -239,18 +244,18 @@ def test_bytes_of_forward_and_backward():
     read for their product; both read again and ∇v written. A naive division stores v/‖v‖.
     """
     v = jax.random.normal(jax.random.key(0), (2048, 2048))
-    node = wnjax.weight_norm({"kernel": v})["kernel"]
+    gv = wnjax.weight_norm({"kernel": v})["kernel"]
 
     def passes(fold):
-        def forward_and_backward(node, grad_w):
-            w, pullback = jax.vjp(fold, node)
+        def forward_and_backward(gv, grad_w):
+            w, pullback = jax.vjp(fold, gv)
             return w, pullback(grad_w)
 
-        cost = jax.jit(forward_and_backward).lower(node, v).compile().cost_analysis()
+        cost = jax.jit(forward_and_backward).lower(gv, v).compile().cost_analysis()
         return cost["bytes accessed"] / v.nbytes
 
-    def naive(node):
-        return node.g * node.v / jnp.linalg.norm(node.v, axis=0, keepdims=True)
+    def naive(gv):
+        return gv.g * gv.v / jnp.linalg.norm(gv.v, axis=0, keepdims=True)
 
     assert passes(wnjax.fold) <= 8.5
     assert passes(naive) >= 13.5
