@@ -1,5 +1,7 @@
 """Trees with more than parameters in them: the variables of Linen modules, the states of NNX's."""
 
+import dataclasses
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -59,7 +61,7 @@ def test_collections_beside_params_hold_no_weights():
     found = wnjax.infer_axes(fn, strict=True)(variables, X)
     alone = wnjax.infer_axes(lambda p, x: fn({**variables, "params": p}, x))(variables["params"], X)
     assert told(found["params"]) == {
-        path: wnjax.Weight(what.feature_axes, what.bias and f"params/{what.bias}", what.operation)
+        path: dataclasses.replace(what, bias=what.bias and f"params/{what.bias}")
         if isinstance(what, wnjax.Weight)
         else told(found["params"])[path]
         for path, what in told(alone).items()

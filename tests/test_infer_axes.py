@@ -478,3 +478,40 @@ def test_a_weight_that_is_used_transposed_alone(fn):
     np.testing.assert_allclose(wrapped, x @ wnjax.fold(tree)["w"].T, rtol=1e-6)
     with pytest.raises(ValueError, match="gradients or new parameters"):
         wnjax.infer_axes(jax.grad(lambda p, x: fn(p["w"], x).sum()))(params, x)
+
+
+STACK_AXES = {
+    "two_layers": {},
+    "dot_general_batch_axis": {"w": (2,)},
+    "fused_qkv_stacked": {"w": (0,)},
+    "conv_grouped": {},  # groups and outputs share an axis
+    "conv_depthwise": {"kernel": (3,)},
+    "conv_vmapped": {"w": (0,)},
+    "attention_self": {},
+    "experts_vmapped": {"kernel": (0,)},
+    "moe_dense": {},  # all experts on the same data are one wider layer
+    "moe_gather": {"w": (0,)},
+    "moe_ragged_dot": {"w": (0,)},
+    "scan_last_axis": {"w": (2,)},
+    "scan_nested": {"w": (0, 1)},
+    "remat_scan": {"Dense_0/kernel": (0, 1)},
+    "python_loop": {"w": (0,)},
+    "vmap_over_weights": {"w": (0,)},
+}
+
+
+@pytest.mark.parametrize("name", STACK_AXES)
+def test_stack_axes(name):
+    """Along these separate matrices lie: what a scan, a batch, a group or an index runs over."""
+    fn, params, args = LAYERS[name].build()
+    axes = jax.tree_util.tree_leaves_with_path(wnjax.infer_axes(fn)(params, *args))
+    weights = {jax.tree_util.keystr(path, simple=True, separator="/"): w for path, w in axes}
+    found = {path: w.stack_axes for path, w in weights.items() if isinstance(w, wnjax.Weight)}
+    assert {path: stack for path, stack in found.items() if stack} == STACK_AXES[name]
+
+
+def test_stack_axes_of_overrides_are_those_that_were_traced():
+    fn, params, args = LAYERS["scan_nested"].build()
+    axes = wnjax.infer_axes(fn, overrides={"w": (1, 3)})(params, *args)
+    assert (axes["w"].feature_axes, axes["w"].stack_axes) == ((1, 3), (1,))
+    assert "feature axes (1, 3), stack axes (1,)" in wnjax.summary(axes)

@@ -623,7 +623,9 @@ def test_transformations_of_functions_take_models_with_the_module():
 
     x = jax.random.normal(KEY, (100, 3))
     axes = wnjax.infer_axes(fn)(params, x)
-    assert axes["layers_2"]["kernel"] == wnjax.Weight((1,), "layers_2/bias", "dot_general")
+    assert axes["layers_2"]["kernel"] == wnjax.Weight(
+        (1,), bias="layers_2/bias", operation="dot_general"
+    )
     assert_close(jax.jit(wnjax.wrap(fn))(params, x), fn(params, x))
     y = fn(wnjax.data_init(fn)(params, x), x)
     assert_close((y.mean(0), y.std(0)), (np.zeros(2), np.ones(2)), 1e-4)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeAlias
 import jax.numpy as jnp
 
 from wnjax._analysis.arithmetic import product
-from wnjax._analysis.layout import Layout, atoms_of, long_axes, repeated
+from wnjax._analysis.layout import Axis, Layout, atoms_of, leaf_axes, long_axes, repeated, whole
 from wnjax._analysis.rules import (
     Recorder,
     Rule,
@@ -39,11 +39,19 @@ Places: TypeAlias = Sequence[int | None]  # of an operand's dimensions in the ou
 
 
 class Operand(NamedTuple):
-    """An operand of a product."""
+    """An operand of a product.
+
+    Attributes:
+      number: which one.
+      info: what is known of it.
+      places: of its dimensions in the output.
+      matrices: the dimensions along which separate matrices lie.
+    """
 
     number: int
     info: Info
     places: Places
+    matrices: Sequence[int] = ()
 
 
 SEVERAL_WEIGHTS = (
@@ -76,7 +84,9 @@ def dot_general(recorder: Recorder, eqn: Any, ins: Sequence[Info]) -> list[Info]
     side = _weight_side(recorder, eqn, ins)
     if side is None:
         return [Info(sources=sources_of(ins), partial=partial)]
-    out = _consume(recorder, eqn, Operand(side, ins[side], places[side]), ins[1 - side])
+    out = _consume(
+        recorder, eqn, Operand(side, ins[side], places[side], batch[side]), ins[1 - side]
+    )
     return [dataclasses.replace(out, partial=united((*out.partial, *partial)))]
 
 
@@ -97,7 +107,8 @@ def _conv(recorder: Recorder, eqn: Any, ins: Sequence[Info]) -> list[Info]:
         return unknown(recorder, eqn, [weight])
     # Windows mix the positions of the inputs.
     partial = _continued(recorder, eqn, ins, [None, dims])
-    out = _consume(recorder, eqn, Operand(1, weight, dims), inputs)
+    matrices = [] if eqn.params["feature_group_count"] == 1 else [numbers.rhs_spec[0]]
+    out = _consume(recorder, eqn, Operand(1, weight, dims, matrices), inputs)
     return [dataclasses.replace(out, partial=united((*out.partial, *partial)))]
 
 
@@ -170,7 +181,7 @@ def _ragged_dot(recorder: Recorder, eqn: Any, ins: Sequence[Info]) -> list[Info]
     weight = unscalable(weight)
     places = [None if dim in summed else 0 for dim in range(len(shapes(eqn)[1]))]
     partial = _continued(recorder, eqn, ins, [None, None])
-    out = _consume(recorder, eqn, Operand(1, weight, places), inputs)
+    out = _consume(recorder, eqn, Operand(1, weight, places, groups), inputs)
     return [Info(sources=out.sources | sources_of(ins), partial=partial)]
 
 
@@ -204,7 +215,7 @@ def _rank(info: Info) -> int:
 
 def _consume(recorder: Recorder, eqn: Any, weight: Operand, other: Info) -> Info:
     """Writes down that a weight is summed over its dimensions without a place in the output."""
-    _, info, places = weight
+    info, places = weight.info, weight.places
     call = recorder.einsum_call(eqn)
     place = None if call is None or call.is_over else call.place
     refusal = None if other.sources else CONSTANT
@@ -237,7 +248,7 @@ def _is_captured(info: Info) -> bool:
 
 
 def _use(recorder: Recorder, eqn: Any, weight: Operand, view: LeafView, refusal: str | None) -> Use:
-    number, _, places = weight
+    number, _, places, matrices = weight
     pairs = list(zip(view.layout, places, strict=True))
     summed = atoms_of(axis for axis, place in pairs if place is None)
     kept = atoms_of(axis for axis, place in pairs if place is not None)
@@ -259,10 +270,12 @@ def _use(recorder: Recorder, eqn: Any, weight: Operand, view: LeafView, refusal:
     is_real = jnp.issubdtype(dtype, jnp.floating)
     is_scalable = view.is_intact and is_real and refusal is None and site.is_direct
     narrow = view.is_narrow or is_narrow(dtype)
+    apart = leaf_axes(_outermost(eqn, view.layout[dim]) for dim in matrices) | view.stacked
     return Use(
         view.leaf,
         frozenset(fan_in),
         frozenset(features),
+        frozenset(apart & features - fan_in),
         refusal,
         site,
         number,
@@ -273,6 +286,17 @@ def _use(recorder: Recorder, eqn: Any, weight: Operand, view: LeafView, refusal:
         view.scanned,
         is_masked=not view.masked.isdisjoint(fan_in),
     )
+
+
+def _outermost(eqn: Any, axis: Axis) -> Axis:
+    """The part of a dimension along which separate matrices lie: the groups of a convolution."""
+    groups, atoms = eqn.params.get("feature_group_count", axis.size), []
+    for atom in axis.atoms:
+        if not is_long(groups) or groups % atom.size:
+            break
+        groups //= atom.size
+        atoms.append(atom)
+    return whole(*atoms)
 
 
 def _refusal(changed: str) -> str:

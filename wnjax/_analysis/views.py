@@ -127,6 +127,7 @@ class Use:
       leaf: which one.
       fan_in: its axes that are summed over.
       features: its other axes.
+      stack: of these, the axes along which separate matrices lie.
       refusal: why this makes no neurons of it, in words.
       site: where.
       operand: which operand of the equation the leaf is.
@@ -142,6 +143,7 @@ class Use:
     leaf: int
     fan_in: frozenset[int]
     features: frozenset[int]
+    stack: frozenset[int]
     refusal: str | None
     site: Site
     operand: int

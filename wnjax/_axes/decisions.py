@@ -38,6 +38,8 @@ class Weight:
       feature_axes: the axes along which the neurons are laid out; negative ones count
         from the end. The layer sums over all the others, the fan-in axes. `()` makes
         the whole leaf one neuron.
+      stack_axes: of the feature axes, those along which separate matrices lie, if known: scanned or
+        vmapped layers, experts, groups of a convolution. The others are outputs of one matrix.
       bias: the slash path of the bias added to these neurons' sums, if known.
       operation: the primitive that sums over the fan-in axes, if known; with "masked" behind it
         where the weight is multiplied by a mask, whose entries the norm counts too.
@@ -51,6 +53,7 @@ class Weight:
     """
 
     feature_axes: FeatureAxes
+    stack_axes: tuple[int, ...] = ()
     bias: str | None = None
     operation: str | None = None
 

@@ -94,8 +94,15 @@ contraction_p.def_effectful_abstract_eval(dot_general_p.abstract_eval)
 
 
 def as_contraction(eqn: Any, weight: int) -> Any:
-    """A product as a `contraction`, where it can be one, given which operand is the weight."""
-    if eqn.primitive is not dot_general_p or len(eqn.invars[weight].aval.shape) < 3:
+    """A product as a `contraction`, where it can be one, given which operand is the weight.
+
+    A policy of `jax.checkpoint` around does not take it for a product. So it stands on a CPU alone.
+    """
+    if (
+        jax.default_backend() != "cpu"
+        or eqn.primitive is not dot_general_p
+        or len(eqn.invars[weight].aval.shape) < 3
+    ):
         return eqn
     is_alone = eqn.params.get("out_sharding") is None
     is_simple = is_alone and not isinstance(eqn.params["precision"], tuple)

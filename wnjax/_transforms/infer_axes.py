@@ -91,7 +91,7 @@ def infer_axes(
     >>> params = model.init(jax.random.key(0), x)["params"]
     >>> axes = wnjax.infer_axes(lambda p, x: model.apply({"params": p}, x))(params, x)
     >>> axes["query"]["kernel"]  # (8, 2, 4): inputs, heads, features of a head
-    Weight(feature_axes=(1, 2), bias='query/bias', operation='dot_general')
+    Weight(feature_axes=(1, 2), stack_axes=(), bias='query/bias', operation='dot_general')
     >>> axes["out"]["kernel"].feature_axes  # (2, 4, 8): heads, features of a head, outputs
     (2,)
     >>> axes["out"]["bias"].reason
@@ -182,10 +182,11 @@ class _Verdicts:
             (a, first), (b, second), *_ = roles.items()
             reason = f"used in two roles, with feature axes {a} and {b}"
             return self._refuse(leaf, reason, [first.site, second.site], a)
+        stack = tuple(sorted(frozenset[int]().union(*(use.stack for use in uses))))
         bias = self._only_bias(leaf)
         operations = dict.fromkeys(use.site.operation for use in uses)
         mask = ["masked"] if any(use.is_masked for use in uses) else []
-        return Weight(next(iter(roles)), bias, ", ".join([*operations, *mask]))
+        return Weight(next(iter(roles)), stack, bias, ", ".join([*operations, *mask]))
 
     def _features(self, use: Use) -> tuple[int, ...]:
         return tuple(sorted(use.features - use.fan_in))
@@ -240,7 +241,8 @@ def _overridden(
         elif isinstance(override, Weight):
             features = canonical_axes(path, array, override.feature_axes)
             known = traced if isinstance(traced, Weight) else Weight(features)
-            result.append(Weight(features, known.bias, known.operation))
+            stack = tuple(axis for axis in known.stack_axes if axis in features)
+            result.append(dataclasses.replace(known, feature_axes=features, stack_axes=stack))
         else:
             result.append(override)
     return result

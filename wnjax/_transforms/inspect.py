@@ -95,7 +95,8 @@ def _decision_table(leaves: list[tuple[str, Decision]]) -> str:
         if isinstance(decision, Weight):
             bias = f", bias {decision.bias}" if decision.bias else ""
             operation = f", by {decision.operation}" if decision.operation else ""
-            rows.append((path, f"feature axes {decision.feature_axes}{bias}{operation}"))
+            stack = f", stack axes {decision.stack_axes}" if decision.stack_axes else ""
+            rows.append((path, f"feature axes {decision.feature_axes}{stack}{bias}{operation}"))
         else:
             rows.append((path, f"no: {decision.describe()}"))
     neurons = sum(isinstance(decision, Weight) for _, decision in leaves)
