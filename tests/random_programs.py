@@ -60,15 +60,13 @@ class Program:
         return names["program"]
 
     @functools.cached_property
-    def params(self) -> dict[str, jax.Array]:
+    def params(self) -> dict[str, np.ndarray]:
         rng = np.random.default_rng(self.seed)
-        return {
-            name: jnp.asarray(rng.normal(size=shape) / 1.5) for name, shape in self.shapes.items()
-        }
+        return {name: rng.normal(size=shape) / 1.5 for name, shape in self.shapes.items()}
 
     @functools.cached_property
-    def x(self) -> jax.Array:
-        return jnp.asarray(np.random.default_rng(self.seed + 1).normal(size=self.input_shape))
+    def x(self) -> np.ndarray:
+        return np.random.default_rng(self.seed + 1).normal(size=self.input_shape)
 
 
 class Writer:
@@ -79,13 +77,14 @@ class Writer:
       shapes: the parameters so far.
       budget: how many more layers and nested functions there may be.
       is_linear: whether only what keeps outputs linear in one single weight may be written.
-      is_sharded: whether the program uses the devices.
+      is_sharded: whether the program may use the devices.
     """
 
     def __init__(self, draw: Any, budget: int, is_linear: bool = False):
         self.draw = draw
         self.budget = budget
         self.is_linear = is_linear
+        self.is_sharded = self.chance(4)
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.count = 0
 
@@ -176,7 +175,7 @@ class Scope:
 
     def weight(self, shape: tuple[int, ...]) -> str:
         """An expression for a weight of a shape, through views."""
-        many = self.writer.one_of(0, 0, 1, 1, 2, 3) if self.around is None else 1
+        many = self.writer.one_of(0, 1, 1, 2, 2, 3) if self.around is None else 1
         expression = "{}"
         for _ in range(many):
             wrapping, shape = self.view(shape)
@@ -246,7 +245,9 @@ class Scope:
         if size % 2 == 0:
             half = (*before, size // 2, *after)
             views += [(f"jnp.concatenate([{{}}, {{}}], axis={axis})", half)] * 3
-            views += [(f"jnp.tile({{}}, {tuple(2 if i == axis else 1 for i in range(len(shape)))})", half)]
+            views += [
+                (f"jnp.tile({{}}, {tuple(2 if i == axis else 1 for i in range(len(shape)))})", half)
+            ]
         if size == 2:
             views += [(f"jnp.stack([{{}}, {{}}], axis={axis})", (*before, *after))] * 2
         if size > 2:
@@ -302,13 +303,18 @@ def contraction(scope: Scope, n: int) -> tuple[str, int]:
             [(2, 1, 1)],
             n,
         ),
-        (
-            "lax.conv_general_dilated(jnp.stack([h, jnp.sin(h)], 1), {}, (1,), 'VALID',"
-            f" dimension_numbers=('NWC', 'WIO', 'NWC'), feature_group_count={n})[:, 0]",
-            [(2, 1, n)],
-            n,
-        ),
     ]
+    if (
+        not writer.is_sharded
+    ):  # XLA's gradient is twice the right one where it shards h (jax 0.10.2)
+        forms += [
+            (
+                "lax.conv_general_dilated(jnp.stack([h, jnp.sin(h)], 1), {}, (1,), 'VALID',"
+                f" dimension_numbers=('NWC', 'WIO', 'NWC'), feature_group_count={n})[:, 0]",
+                [(2, 1, n)],
+                n,
+            ),
+        ]
     if n == 4:
         forms += [
             ('jnp.einsum("bij,ijo->bo", h.reshape(-1, 2, 2), {})', [(2, 2, m)], m),
@@ -326,7 +332,7 @@ def contraction(scope: Scope, n: int) -> tuple[str, int]:
             (
                 "lax.conv_general_dilated(h.reshape(-1, 2, 2), {}, (1,), ((1, 1),), lhs_dilation=(2,),"
                 " dimension_numbers=('NWC', 'WIO', 'NWC')).reshape(len(h), -1)[:, :4]",
-                [(2, 2, 2)],
+                [(3, 2, 2)],
                 4,
             ),
         ]
@@ -377,7 +383,13 @@ def layer(scope: Scope, n: int) -> int:
     """Writes a layer that changes h, and returns its columns."""
     writer = scope.writer
     expression, m = contraction(scope, n)
-    after = ["jnp.tanh({})", "jnp.sin({})", "{}", "jnp.tanh({} + B[None])", "jnp.tanh({} * B[None])"]
+    after = [
+        "jnp.tanh({})",
+        "jnp.sin({})",
+        "{}",
+        "jnp.tanh({} + B[None])",
+        "jnp.tanh({} * B[None])",
+    ]
     after += ["jnp.tanh(B[None] - {} / 2)", "jnp.where(h.sum() > 0, {}, jnp.sin({}))"]
     after += ["(lambda y: y / (1 + jnp.sum(y * y, 1, keepdims=True)))({})"]
     if m == n:
@@ -410,8 +422,8 @@ def step(scope: Scope, n: int) -> int:
     forms += [fori_loop, vmap_of_examples, vmap_of_weights, vmap_of_weights]
     if not scope.in_rule:  # JAX has no second derivatives of custom_vjp in a rule
         forms += [custom_vjp]
-    if scope.has_batch and not scope.is_local:
-        forms += [shard_map, shard_map, tensor_parallel]
+    if writer.is_sharded and scope.has_batch and not scope.is_local:
+        forms += [shard_map] * 4 + [tensor_parallel] * 4
     return writer.one_of(*forms)(scope, n)
 
 
@@ -599,8 +611,8 @@ def linear(scope: Scope, n: int) -> str:
         "jax.vmap({f}, (None, {axes}, None), {out}, axis_size=3)({args}, {mapped}, h)",
         "jax.vmap({f}, (None, None, 1), {out})({args}, {scanned}, jnp.stack([h, jnp.cos(h)], 1))",
     ]
-    if scope.has_batch and not scope.is_local:
-        forms += [
+    if writer.is_sharded and scope.has_batch and not scope.is_local:
+        forms += 4 * [
             'jax.shard_map({f}, mesh=MESH, in_specs=(P(), P(), P("data")), out_specs=P("data"))'
             "({args}, {scanned}, h)"
         ]
