@@ -1,9 +1,9 @@
-"""Random programs: Python functions of parameters and an input, drawn by hypothesis as their source.
+"""Random programs: hypothesis draws the source of a function of parameters and an input.
 
-A program is a few layers on a small activation. Every layer sums over axes of a weight, which it
-reaches through a chain of random views, and may stand in nested functions: under `jit`,
-`checkpoint`, custom rules, `cond`, `vmap`, `scan` and `shard_map`. Weights come into such a function
-as constants, arguments, carries, or slices along any axis of a stack.
+A program is a few layers on a small activation h. A layer sums over axes of a weight, which it
+reaches through a chain of random views. Layers may stand in nested functions: under `jit`,
+`checkpoint`, custom rules, `cond`, `vmap`, `scan` and `shard_map`. A weight enters a nested
+function as a constant, as an argument, in a carry, or as slices along any axis of a stack.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ class Program:
         printer.text(repr(self))
 
     def __repr__(self) -> str:
+        """The program, ready to be run."""
         shapes = f"shapes = {self.shapes}\ninput_shape = {self.input_shape}\nseed = {self.seed}"
         return f"\n{shapes}\n\n{self.source}"
 
@@ -193,7 +194,7 @@ class Scope:
         before, size, after = shape[:axis], shape[axis], shape[axis + 1 :]
         axes = ", ".join(":" * len(before))
         place = f"{axes}, " if axes else ""
-        order = draw(st.permutations(range(len(shape))))
+        order = tuple(draw(st.permutations(range(len(shape)))))
         views = [
             (f"{{}}.transpose({order})", tuple(shape[order.index(i)] for i in range(len(shape)))),
             ("{}[:]", shape),
@@ -225,8 +226,7 @@ class Scope:
             views += self.rarer_views(shape, axis)
         else:
             views = [view for view in views if size > 1 or math.prod(view[1]) == math.prod(shape)]
-        view, source = one_of(*views)
-        return view, tuple(source)
+        return one_of(*(view for view in views if view[1]))
 
     def rarer_views(self, shape: tuple[int, ...], axis: int) -> list[tuple[str, tuple[int, ...]]]:
         """Those that combine weights, and those that are no rearrangements."""
@@ -304,9 +304,9 @@ def contraction(scope: Scope, n: int) -> tuple[str, int]:
             n,
         ),
     ]
-    if (
-        not writer.is_sharded
-    ):  # XLA's gradient is twice the right one where it shards h (jax 0.10.2)
+    # Where XLA shards the batch of a grouped convolution, the gradient of its kernel is a multiple
+    # of the right one: the batch over 4 of 4 x 2 devices gives it twice (jax 0.10.2).
+    if not writer.is_sharded:
         forms += [
             (
                 "lax.conv_general_dilated(jnp.stack([h, jnp.sin(h)], 1), {}, (1,), 'VALID',"
@@ -330,8 +330,9 @@ def contraction(scope: Scope, n: int) -> tuple[str, int]:
                 4,
             ),
             (
-                "lax.conv_general_dilated(h.reshape(-1, 2, 2), {}, (1,), ((1, 1),), lhs_dilation=(2,),"
-                " dimension_numbers=('NWC', 'WIO', 'NWC')).reshape(len(h), -1)[:, :4]",
+                "lax.conv_general_dilated(h.reshape(-1, 2, 2), {}, (1,), ((1, 1),),"
+                " lhs_dilation=(2,), dimension_numbers=('NWC', 'WIO', 'NWC'))"
+                ".reshape(len(h), -1)[:, :4]",
                 [(3, 2, 2)],
                 4,
             ),
@@ -366,7 +367,7 @@ def rarer_contractions(
         ("{}[jnp.argmax(h, 1)]", [(n, m)], m),
         (one_hot + " @ {}", [(n, m)], m),
         (f"(lambda w: jnp.tanh(h @ w[:, :{m}]) * (h @ w[:, {m}:]))({{}})", [(n, 2 * m)], m),
-        (f"(lambda w: jnp.tanh(h @ w[0]) @ w[1])({{}})", [(2, n, n)], n),
+        ("(lambda w: jnp.tanh(h @ w[0]) @ w[1])({})", [(2, n, n)], n),
         ("(lambda w: jnp.tanh(h @ w) @ w)({})", [(n, n)], n),
         ("lax.fori_loop(0, 2, lambda i, h: jnp.tanh(h @ {}[i]), h)", [(2, n, n)], n),
         ("lax.scan(lambda h, i: (jnp.tanh(h @ {}[i]), None), h, np.arange(2))[0]", [(2, n, n)], n),
