@@ -79,6 +79,7 @@ class Writer:
       budget: how many more layers and nested functions there may be.
       is_linear: whether only what keeps outputs linear in one single weight may be written.
       is_sharded: whether the program may use the devices.
+      is_complex: whether products of complex numbers may be written.
     """
 
     def __init__(self, draw: Any, budget: int, is_linear: bool = False):
@@ -86,6 +87,7 @@ class Writer:
         self.budget = budget
         self.is_linear = is_linear
         self.is_sharded = self.chance(4)
+        self.is_complex = self.chance(3)
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.count = 0
 
@@ -239,9 +241,10 @@ class Scope:
             (f"({{}} * np.broadcast_to({mask}, {shape}))", shape),
             ("({} + {})", shape),
             (f"jnp.cumsum({{}}, {axis})", shape),
-            ("lax.cond(h.sum() > 0, lambda w: w, lambda w: -w, {})", shape),
             (f"lax.fori_loop(0, 2, lambda i, w: jnp.roll(w, 1, axis={axis}), {{}})", shape),
         ]
+        if not self.is_local:
+            views += [("lax.cond(h.sum() > 0, lambda w: w, lambda w: -w, {})", shape)]
         if size % 2 == 0:
             half = (*before, size // 2, *after)
             views += [(f"jnp.concatenate([{{}}, {{}}], axis={axis})", half)] * 3
@@ -371,9 +374,12 @@ def rarer_contractions(
         ("(lambda w: jnp.tanh(h @ w) @ w)({})", [(n, n)], n),
         ("lax.fori_loop(0, 2, lambda i, h: jnp.tanh(h @ {}[i]), h)", [(2, n, n)], n),
         ("lax.scan(lambda h, i: (jnp.tanh(h @ {}[i]), None), h, np.arange(2))[0]", [(2, n, n)], n),
-        ("(h.astype(complex) @ {}.astype(complex)).real", [(n, m)], m),
-        ("jnp.abs(jnp.fft.fft(h) @ {}.astype(complex) + 0.1)", [(n, m)], m),
     ]
+    if scope.writer.is_complex:
+        forms += 2 * [
+            ("(h.astype(complex) @ {}.astype(complex)).real", [(n, m)], m),
+            ("jnp.abs(jnp.fft.fft(h) @ {}.astype(complex) + 0.1)", [(n, m)], m),
+        ]
     if scope.has_batch and not scope.is_local:
         sizes = "jnp.array([1, len(h) - 1], jnp.int32)"
         forms += [(f"lax.ragged_dot(h, {{}}, {sizes})", [(2, n, m)], m)]
@@ -419,8 +425,10 @@ def step(scope: Scope, n: int) -> int:
     if writer.budget <= 0 or writer.draw(st.integers(0, 2)) == 0:
         return layer(scope, n)
     writer.budget -= 1
-    forms = [jitted, checkpointed, custom_jvp, branches, scan, scan, scan]
+    forms = [jitted, checkpointed, custom_jvp, scan, scan, scan]
     forms += [fori_loop, vmap_of_examples, vmap_of_weights, vmap_of_weights]
+    if not scope.is_local:  # devices in different branches would wait for each other
+        forms += [branches]
     if not scope.in_rule:  # JAX has no second derivatives of custom_vjp in a rule
         forms += [custom_vjp]
     if writer.is_sharded and scope.has_batch and not scope.is_local:
@@ -448,13 +456,14 @@ def checkpointed(scope: Scope, n: int) -> int:
     inner = scope.inner()
     m = body(inner, n, keeps=False)
     define(scope, name, f"args{inner.number}, h", inner, "h")
-    options = writer.one_of(
+    options = [
         "",
-        ", policy=jax.checkpoint_policies.dots_saveable",
         ", prevent_cse=False",
         ', policy=jax.checkpoint_policies.save_only_these_names("weight")',
-    )
-    scope.write(f"h = jax.checkpoint({name}{options})({packed(inner.args)}, h)")
+    ]
+    if not writer.is_complex:  # JAX cannot save a complex product (jax 0.10.2)
+        options += [", policy=jax.checkpoint_policies.dots_saveable"]
+    scope.write(f"h = jax.checkpoint({name}{writer.one_of(*options)})({packed(inner.args)}, h)")
     return m
 
 
@@ -607,11 +616,12 @@ def linear(scope: Scope, n: int) -> str:
     forms = [
         "jax.jit({f})({args}, {scanned}, h)",
         "jax.checkpoint({f})({args}, {scanned}, h)",
-        "lax.cond(h.sum() > 0, {f}, {f}, {args}, {scanned}, h)",
         "lax.scan(lambda _, s: (None, {f}({args}, s, h)), None, {scanned}, length=3)[1]",
         "jax.vmap({f}, (None, {axes}, None), {out}, axis_size=3)({args}, {mapped}, h)",
         "jax.vmap({f}, (None, None, 1), {out})({args}, {scanned}, jnp.stack([h, jnp.cos(h)], 1))",
     ]
+    if not scope.is_local:
+        forms += ["lax.cond(h.sum() > 0, {f}, {f}, {args}, {scanned}, h)"]
     if writer.is_sharded and scope.has_batch and not scope.is_local:
         forms += 4 * [
             'jax.shard_map({f}, mesh=MESH, in_specs=(P(), P(), P("data")), out_specs=P("data"))'
