@@ -1,6 +1,7 @@
 """Properties of random programs: `wrap` is `fold`, and feature axes are what outputs depend on.
 
-WNJAX_PROGRAMS=5000 asks for that many programs of each property instead of the usual number.
+WNJAX_PROGRAMS=5000 asks for that many programs of each property instead of the usual number, and
+for a smaller program where one fails, which takes minutes.
 """
 
 import os
@@ -16,7 +17,9 @@ from tests import random_programs
 from wnjax import _wrap
 
 PARTS = 8  # for the processes that run tests
-MANY = int(os.environ.get("WNJAX_PROGRAMS", "208")) // PARTS
+ASKED = os.environ.get("WNJAX_PROGRAMS")
+MANY = int(ASKED or 208) // PARTS
+PHASES = [hypothesis.Phase.generate, *([hypothesis.Phase.shrink] if ASKED else [])]
 
 
 def for_programs(strategy, part):
@@ -31,7 +34,7 @@ def for_programs(strategy, part):
             deadline=None,
             database=None,
             suppress_health_check=list(hypothesis.HealthCheck),
-            phases=[hypothesis.Phase.generate, hypothesis.Phase.shrink],
+            phases=PHASES,
             print_blob=False,
             report_multiple_bugs=False,
         )
