@@ -80,6 +80,7 @@ class Writer:
       is_linear: whether only what keeps outputs linear in one single weight may be written.
       is_sharded: whether the program may use the devices.
       is_complex: whether products of complex numbers may be written.
+      has_stops: whether `stop_gradient` may be written, rather than custom rules.
     """
 
     def __init__(self, draw: Any, budget: int, is_linear: bool = False):
@@ -88,6 +89,7 @@ class Writer:
         self.is_linear = is_linear
         self.is_sharded = self.chance(4)
         self.is_complex = self.chance(3)
+        self.has_stops = self.chance(3)
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.count = 0
 
@@ -237,12 +239,13 @@ class Scope:
         views = [
             (f"jnp.broadcast_to({{}}, {shape})", (*before, 1, *after)),
             ("jnp.tanh({})", shape),
-            ("lax.stop_gradient({})", shape),
             (f"({{}} * np.broadcast_to({mask}, {shape}))", shape),
             ("({} + {})", shape),
             (f"jnp.cumsum({{}}, {axis})", shape),
             (f"lax.fori_loop(0, 2, lambda i, w: jnp.roll(w, 1, axis={axis}), {{}})", shape),
         ]
+        if self.writer.has_stops:
+            views += 2 * [("lax.stop_gradient({})", shape)]
         if not self.is_local:
             views += [("lax.cond(h.sum() > 0, lambda w: w, lambda w: -w, {})", shape)]
         if size % 2 == 0:
@@ -425,12 +428,14 @@ def step(scope: Scope, n: int) -> int:
     if writer.budget <= 0 or writer.draw(st.integers(0, 2)) == 0:
         return layer(scope, n)
     writer.budget -= 1
-    forms = [jitted, checkpointed, custom_jvp, scan, scan, scan]
+    forms = [jitted, checkpointed, scan, scan, scan]
     forms += [fori_loop, vmap_of_examples, vmap_of_weights, vmap_of_weights]
     if not scope.is_local:  # devices in different branches would wait for each other
         forms += [branches]
-    if not scope.in_rule:  # JAX has no second derivatives of custom_vjp in a rule
-        forms += [custom_vjp]
+    if not writer.has_stops:  # JAX does not differentiate them in a rule twice
+        forms += [custom_jvp]
+        if not scope.in_rule:  # nor custom_vjp
+            forms += [custom_vjp]
     if writer.is_sharded and scope.has_batch and not scope.is_local:
         forms += [shard_map] * 4 + [tensor_parallel] * 4
     return writer.one_of(*forms)(scope, n)
