@@ -14,7 +14,7 @@ import pytest
 
 import wnjax
 from tests import random_programs
-from wnjax import _wrap
+from wnjax._transforms import wrap as wrapping
 
 PARTS = 8  # for the processes that run tests
 ASKED = os.environ.get("WNJAX_PROGRAMS")
@@ -85,7 +85,7 @@ def derivatives(fn, tree, x):
 def test_wrap_is_fold(part, monkeypatch):
     """Also in first and second derivatives; for half of the programs whatever wrap would scale."""
     if part % 2:
-        monkeypatch.setattr(_wrap, "scales_output", lambda *_, **__: True)
+        monkeypatch.setattr(wrapping, "scales_output", lambda *_: True)
 
     @for_programs(random_programs.programs(), part)
     def check(program):
