@@ -288,6 +288,8 @@ def contraction(scope: Scope, n: int) -> tuple[str, int]:
     """An expression that sums over weights and h, which has n columns, and its columns."""
     writer = scope.writer
     m = writer.one_of(2, 3, 4)
+    order = tuple(writer.draw(st.permutations(range(4))))
+    many = tuple(n if axis == order[0] else 2 for axis in range(4))
     forms: list[tuple[str, list[tuple[int, ...]], int]] = [
         ("h @ {}", [(n, m)], m),
         ("({} @ h.T).T", [(m, n)], m),
@@ -296,6 +298,7 @@ def contraction(scope: Scope, n: int) -> tuple[str, int]:
         ("lax.dot_general(h, {}, (((1,), (1,)), ((), ())))", [(m, n)], m),
         ("jnp.tensordot(h, {}, 1).reshape(-1, 4)", [(n, 2, 2)], 4),
         ('jnp.einsum("bi,oip->bop", h, {}).reshape(-1, 4)', [(2, n, 2)], 4),
+        (f"jnp.tensordot(h, {{}}.transpose({order}), 1).reshape(-1, 8)[:, ::2]", [many], 4),
         ('jnp.einsum("bi,bj,ijo->bo", h, jnp.sin(h), {})', [(n, n, m)], m),
         ("jnp.matmul(h[None], {}[None])[0]", [(n, m)], m),
         ("lax.map(lambda w: h @ w, {}).transpose(1, 2, 0).reshape(-1, 4)", [(2, n, 2)], 4),
@@ -367,6 +370,13 @@ def rarer_contractions(
         ("(h @ {}) * jax.nn.sigmoid(h @ {})", [(n, m), (n, m)], m),
         ("jax.nn.softmax((h @ {}) @ (h @ {}).T) @ (h @ {})", [(n, 2), (n, 2), (n, m)], m),
         ("h @ ({} @ {})", [(n, 2), (2, m)], m),
+        (
+            "(lambda a, b: jax.nn.sigmoid(a) * b)"
+            "(*jnp.split(h @ jnp.concatenate([{}, {}], axis=1), 2, axis=1))",
+            [(n, m), (n, m)],
+            m,
+        ),
+        ("jnp.concatenate([h, jnp.sin(h)], 1) @ jnp.concatenate([{}, {}])", [(n, m), (n, m)], m),
         ("(h[:, :, None] * {}[None]).sum(1)", [(n, m)], m),
         ("(lambda w: w[jnp.argmax(h @ w.T, 1)] + h @ w)({})", [(n, n)], n),
         ("(lambda w: w[jnp.argmax(h, 1)] @ w.T)({})", [(n, m)], n),
