@@ -18,7 +18,7 @@ from wnjax._transforms import wrap as wrapping
 
 PARTS = 8  # for the processes that run tests
 ASKED = os.environ.get("WNJAX_PROGRAMS")
-MANY = int(ASKED or 208) // PARTS
+MANY = int(ASKED or 200) // PARTS
 PHASES = [hypothesis.Phase.generate, *([hypothesis.Phase.shrink] if ASKED else [])]
 
 
