@@ -293,8 +293,8 @@ def restored(path):
     from flax.traverse_util import unflatten_dict
     return unflatten_dict(load_file(path), sep="/")
 
-(g, v) leaf = restored({path!r})["first"]["kernel"]
-g, v = np.asarray((g, v) leaf["g"], np.float64), np.asarray((g, v) leaf["v"], np.float64)
+gv = restored({path!r})["first"]["kernel"]
+g, v = np.asarray(gv["g"], np.float64), np.asarray(gv["v"], np.float64)
 fan_in = tuple(axis for axis, size in enumerate(g.shape) if size == 1)
 np.save({out!r}, g * v / np.sqrt((v * v).sum(fan_in, keepdims=True)))
 """

@@ -402,6 +402,14 @@ def changed_in_a_loop(w, x):
     return x @ same, other
 
 
+def carried_and_checkpointed(w, x):
+    def step(carry, _):
+        h, w = carry
+        return (jnp.tanh(h @ w), w), None
+
+    return jax.lax.scan(jax.checkpoint(step), (x, w), None, length=2)[0][0]
+
+
 SILENT = {  # what a reader found that wrap once computed from v, or scaled twice
     "complex": lambda w, x: jnp.abs(jnp.fft.fft(x) @ w.astype(jnp.complex64)),
     "custom_vjp_on_the_weight": lambda w, x: x @ reversed_gradient(w),
@@ -411,6 +419,7 @@ SILENT = {  # what a reader found that wrap once computed from v, or scaled twic
     "last_slice_of_a_stack": last_slice_of_a_stack,
     "changed_in_a_loop": changed_in_a_loop,
     "scan_over_a_new_axis": lambda w, x: jax.lax.scan(lambda c, w: (c @ w, None), x, w[None])[0],
+    "carried_and_checkpointed": carried_and_checkpointed,
     "output_and_use": lambda w, x: (x @ w, w.T),
     "concatenated_output": lambda w, x: (x @ w, jnp.concatenate([w, w])),
 }
