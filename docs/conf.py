@@ -30,7 +30,10 @@ smartquotes_action = "D"  # dashes: a prime is no quotation mark
 nitpick_ignore_regex = [  # documented elsewhere, and the build needs no network
     (r"py:.*", r"(jax|jaxlib|flax|nn|nnx|optax|numpy|np|os|collections)\b.*"),
     ("py:class", "|".join(ALIASES)),  # spelled out by the arguments
-    ("py:class", "Callable|Concatenate|Mapping|[TPR]"),  # in the signatures that api.md writes
+    (
+        "py:class",
+        "Callable|Concatenate|Mapping|types.EllipsisType|[TPR]",
+    ),  # in the signatures that api.md writes
 ]
 
 html_theme = "furo"

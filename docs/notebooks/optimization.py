@@ -220,7 +220,8 @@ figure, panels = plt.subplots(1, 2, figsize=(11, 3.6), layout="constrained", sha
 medians = []
 for i, (label, history, color) in enumerate(runs):
     last = jax.tree.map(lambda h: h[:, :, -1], history)
-    losses = jax.vmap(jax.vmap(lambda params: loss(wn_layer, params, x, y)))(last)
+    fn = layer if label == "plain" else wn_layer
+    losses = jax.vmap(jax.vmap(lambda params, fn=fn: loss(fn, params, x, y)))(last)
     losses = np.where(losses < 1.5, losses, 1.5)  # NaN too
     line(panels[i // 3], RATES, losses, 0, 100, label=label, **color)
     medians.append(np.median(losses, axis=1))

@@ -53,10 +53,10 @@ def infer_axes(
     collections `batch_stats`, `cache`, `intermediates` and `perturbations`, and the variables of
     these kinds, are no parameters, and are taken for data.
 
-    One call of `einsum`, with its subscripts in a string, is one sum, whatever the order of its
-    products: in a bilinear layer, `einsum("bi,bj,ijo->bo", x, y, w)`, w has the fan-in axes 0 and
-    1. An array that `fn` closes over may be data, or a constant such as a basis. Where what follows
-    does not tell, the weight is refused: pass data as arguments.
+    One call of `einsum` or `multi_dot` is one sum, whatever the order of its products: in a
+    bilinear layer, `einsum("bi,bj,ijo->bo", x, y, w)`, w has the fan-in axes 0 and 1. An array
+    that `fn` closes over may be data, or a constant such as a basis. Where what follows does not
+    tell, the weight is refused: pass data as arguments.
 
     A weight that is multiplied by a mask, a constant array that varies along the fan-in axes, has a
     norm that counts the masked entries too. A warning names it. Multiply such a weight by its
@@ -75,8 +75,8 @@ def infer_axes(
       `jax.ShapeDtypeStruct`s, with or without Flax boxes; with (g, v) leaves, `fn` gets their
       weights. The others are arrays or `jax.ShapeDtypeStruct`s, with a batch of two or more where
       there is one; anything else, such as `train=True`, is static. It returns a tree shaped like
-      `params` with a `Weight` or a `NotWeight` for every leaf, to be given to `weight_norm(params,
-      axes=...)` or printed by `summary`.
+      `params` with a `Weight` or a `NotWeight` for every leaf. `weight_norm` takes the tree as
+      `axes`, and `summary` prints it.
 
     Raises:
       ValueError: when that is called: if `fn` returns gradients or new parameters, if it needs
