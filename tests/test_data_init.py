@@ -600,3 +600,33 @@ def test_keywords_of_the_function_are_no_options():
     mask = jnp.ones((100, 3), bool).at[:, 0].set(False)
     found = wnjax.data_init(fn)(params, x, mask=mask, std=2.0)
     np.testing.assert_allclose(fn(found, x, mask, 2.0).std(0), 2, rtol=1e-5)  # twice 1
+
+
+def in_a_branch(params, x):
+    y = x @ params["w"]
+    return jax.lax.cond(x[0, 0] > -99, lambda y: y + params["b"], lambda y: y, y)
+
+
+def in_custom_derivatives(params, x):
+    add = jax.custom_jvp(lambda y, b: y + b)
+    add.defjvp(lambda primals, tangents: (add(*primals), sum(tangents)))
+    return add(x @ params["w"], jnp.broadcast_to(params["b"], (len(x), 4)))
+
+
+@pytest.mark.parametrize("fn", [in_a_branch, in_custom_derivatives])
+def test_a_bias_that_is_added_out_of_reach_stays(fn):
+    """The gain is set: the output before the bias has deviation 1, and its mean stays."""
+    rng = np.random.default_rng(0)
+    params = {"w": jnp.asarray(rng.normal(size=(3, 4)), jnp.float32), "b": jnp.ones(4)}
+    x = jnp.asarray(2 * rng.normal(size=(200, 3)) + 1, jnp.float32)
+    with jax.numpy_rank_promotion("allow"):
+        new, report = wnjax.data_init(fn, report=True)(params, x)
+    np.testing.assert_allclose((x @ new["w"]).std(0), 1, rtol=1e-5)
+    np.testing.assert_array_equal(new["b"], params["b"])
+    assert report["w"].action == "scale only"
+
+
+def test_std_may_be_a_number_of_jax():
+    params, x = {"w": jnp.ones((3, 4))}, jnp.arange(600.0).reshape(200, 3) / 100
+    new = wnjax.data_init(lambda p, x: x @ p["w"], std=jnp.float32(0.5))(params, x)
+    np.testing.assert_allclose((x @ new["w"]).std(0), 0.5, rtol=1e-5)

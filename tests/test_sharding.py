@@ -336,7 +336,7 @@ def test_abstract_trees_have_the_layout_of_real_ones(mesh, log_scale):
             "kernel": put(normal(64, 32), P("fsdp", "tensor")),
             "bias": put(jnp.zeros(32), P("tensor")),
         },
-        "low": {"kernel": put(jnp.ones((4, 8, 32), jnp.bfloat16), P(None, "fsdp"))},
+        "Conv_0": {"kernel": put(jnp.ones((4, 8, 32), jnp.bfloat16), P(None, "fsdp"))},
     }
 
     abstract = partial(jax.tree.map, lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype))
@@ -394,3 +394,20 @@ def test_what_does_not_fit_is_refused_of_abstract_trees_too():
     gv = wnjax.WeightNorm(jax.ShapeDtypeStruct((1, 3), jnp.float32), normal(4, 3))
     with pytest.raises(TypeError, match="kernel: v is an array, but g a shape"):
         wnjax.fold({"kernel": gv})
+
+
+def test_gradients_of_heads_on_explicit_axes():
+    """Of weights with several feature axes, on a batch that is spread over devices."""
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(EXPLICIT,))
+    with jax.set_mesh(mesh):
+        x = jax.device_put(normal(8, 4), jax.NamedSharding(mesh, P("d")))
+        tree = wnjax.weight_norm({"w": normal(4, 2, 3)}, {"w": (1, 2)})
+
+        def fn(params, x):
+            return jnp.einsum("bi,ihk->bhk", x, params["w"])
+
+        grads = [
+            jax.jit(jax.grad(lambda t, f=f: jnp.sum(jnp.sin(f(t, x)))))(tree)
+            for f in (wnjax.wrap(fn), lambda t, x: fn(wnjax.fold(t), x))
+        ]
+    chex.assert_trees_all_close(*grads, rtol=1e-4, atol=1e-5)

@@ -1,5 +1,7 @@
 """`wrap(fn)(tree)` against `fn(fold(tree))`, and what it costs."""
 
+import dataclasses
+
 import chex
 import equinox as eqx
 import haiku as hk
@@ -581,3 +583,44 @@ def test_compiles_once_and_takes_donated_input():
     chex.assert_trees_all_close(step(tree, x), step(tree, x))
     grad = jax.jit(jax.grad(lambda t: wnjax.wrap(toys.mlp)(t, x).sum()), donate_argnums=0)
     chex.assert_tree_all_finite(grad(jax.tree.map(jnp.copy, tree)))
+
+
+@dataclasses.dataclass
+class Options:
+    """Not hashable."""
+
+    factor: float
+
+
+def test_static_arguments_of_any_kind():
+    tree, x = wnjax.weight_norm({"w": jnp.eye(4)}, {"w": 1}), jnp.ones((1, 4))
+    scaled = wnjax.wrap(lambda p, x, options: options.factor * (x @ p["w"]))
+    for factor in (2.0, 3.0):
+        np.testing.assert_allclose(scaled(tree, x, Options(factor)), factor, rtol=1e-6)
+    signed = wnjax.wrap(lambda p, x, zero: jnp.copysign(x @ p["w"], zero))
+    assert (signed(tree, x, 0.0) > 0).all()
+    assert (signed(tree, x, -0.0) < 0).all()
+
+
+@pytest.mark.usefixtures("always_on_outputs")
+def test_digits_that_are_dropped_are_those_of_the_weight():
+    tree = {"w": wnjax.WeightNorm(jnp.full((1, 4), 3.7), jnp.arange(1.0, 17.0).reshape(4, 4))}
+    fn = lambda p, x: x @ jax.lax.reduce_precision(p["w"], 8, 2)  # noqa: E731
+    x = jnp.eye(4)
+    np.testing.assert_array_equal(wnjax.wrap(fn)(tree, x), fn(wnjax.fold(tree), x))
+
+
+@pytest.mark.usefixtures("always_on_outputs")
+def test_gradients_may_be_transposed_again():
+    """`jax.vjp` gives a linear function; it has the order of gradients inside."""
+    tree = wnjax.weight_norm({"w": jnp.arange(12.0).reshape(3, 4)}, {"w": 1})
+    y, vjp = jax.vjp(wnjax.wrap(lambda p, x: jnp.tanh(x @ p["w"])), tree, jnp.ones((2, 3)) / 9)
+    expected, _ = jax.vjp(lambda p, x: jnp.tanh(x @ wnjax.fold(p)["w"]), tree, jnp.ones((2, 3)) / 9)
+    np.testing.assert_allclose(y, expected, rtol=1e-6)
+    (twice,) = jax.linear_transpose(vjp, y)(vjp(y))
+    jacobian = jax.jacobian(lambda p, x: jnp.tanh(x @ wnjax.fold(p)["w"]), (0, 1))(
+        tree, jnp.ones((2, 3)) / 9
+    )
+    rows = [np.reshape(part, (y.size, -1)) for part in jax.tree.leaves(jacobian)]
+    matrix = np.concatenate(rows, axis=1).astype(np.float64)
+    np.testing.assert_allclose(twice.ravel(), matrix @ matrix.T @ y.ravel(), rtol=1e-4)

@@ -32,7 +32,7 @@ class Analysis(NamedTuple):
     Attributes:
       traced: the function.
       infos: what is known of its constants and inputs.
-      analysis: what happens to each leaf of the parameters.
+      records: what happens to each leaf of the parameters.
       plain: the parameters, with shapes and dtypes of weights in the place of (g, v) leaves.
       paths: of the leaves of `plain`.
       arrays: the leaves, without boxes.
@@ -44,6 +44,11 @@ class Analysis(NamedTuple):
     plain: Any
     paths: list[str]
     arrays: list[Any]
+
+    def type_of(self, leaf: int) -> Any:
+        """The type of a leaf in the jaxpr: of the weight, in the place of a (g, v) leaf."""
+        before = len(self.traced.consts) + sum(map(is_array, self.arrays[:leaf]))
+        return self.traced.jaxpr.invars[before].aval
 
     def inputs(self, params: Any, /, *args: Any, **kwargs: Any) -> list[Any]:
         """The inputs of the jaxpr, for `params` of the structure of `plain`."""

@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax.numpy as jnp
+
 from wnjax._analysis.layout import (
     Axis,
     Layout,
@@ -42,8 +44,10 @@ def _neg(recorder: Recorder, eqn: Any, ins: Sequence[Info]) -> list[Info]:
 
 
 def _reduce_precision(recorder: Recorder, eqn: Any, ins: Sequence[Info]) -> list[Info]:
-    """With a narrow range, v·x may leave it where w·x does not."""
-    return [ins[0] if eqn.params["exponent_bits"] >= 8 else narrowed(ins[0])]
+    """With a narrow range, v·x may leave it where w·x does not. Of v other digits would be lost."""
+    keeps = eqn.params["mantissa_bits"] >= jnp.finfo(eqn.invars[0].aval.dtype).nmant
+    info = ins[0] if keeps else unscalable(ins[0])
+    return [info if eqn.params["exponent_bits"] >= 8 else narrowed(info)]
 
 
 def same(recorder: Recorder, eqn: Any, ins: Sequence[Info]) -> list[Info]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -54,9 +54,15 @@ class Tracer:
         """
         leaves, treedef = jax.tree.flatten((args, kwargs))
         arrays = [leaf for leaf in leaves if is_array(leaf)]
-        static = tuple(None if is_array(leaf) else (type(leaf), leaf) for leaf in leaves)
-        is_hashable = all(isinstance(leaf, Hashable) for leaf in static)
-        flat = self._flat(treedef, static) if is_hashable else self._new_flat(treedef, static)
+        # By type and text as well: 1 is True, and 0.0 is -0.0.
+        static = tuple(
+            None if is_array(leaf) else (leaf, type(leaf), isinstance(leaf, float) and str(leaf))
+            for leaf in leaves
+        )
+        try:
+            flat = self._flat(treedef, static)
+        except TypeError:  # not hashable
+            flat = self._new_flat(treedef, static)
         return flat.trace(arrays)
 
     def _new_flat(self, treedef: Any, static: Sequence[Any]) -> _Flat:
@@ -75,7 +81,7 @@ class _Flat:
 
     def __call__(self, *arrays: Any) -> list[Any]:
         leaves = [
-            one[1] if place is None else arrays[place]
+            one[0] if place is None else arrays[place]
             for one, place in zip(self.static, self.places, strict=True)
         ]
         args, kwargs = jax.tree.unflatten(self.treedef, leaves)

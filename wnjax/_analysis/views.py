@@ -133,7 +133,7 @@ class Use:
       operand: which operand of the equation the leaf is.
       layout: where its other axes lie in the output.
       output_size: the number of elements of the output.
-      may go on the output: whether a factor of the weight's features can be put on the output
+      is_scalable: whether a factor of the weight's features can be put on the output
       instead.
       is_narrow: whether it is computed in a dtype of a narrow range, such as float16.
       scanned: the axes of the leaf that scans around this run over, and how deep these are nested.
@@ -216,6 +216,11 @@ class Bias:
     layout: Layout
     scanned: frozenset[tuple[int, int]]
     is_in_all_loops: bool
+
+    @property
+    def is_in_reach(self) -> bool:
+        """Whether it happens in every call, where equations can be changed, and for all steps."""
+        return self.is_in_all_loops and self.site.is_direct and self.site.is_certain
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

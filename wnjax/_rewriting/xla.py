@@ -17,6 +17,7 @@ import numpy as np
 from jax.extend.core import Primitive
 from jax.extend.core.primitives import dot_general_p
 from jax.interpreters import ad, batching, mlir
+from jax.sharding import AxisType
 
 from wnjax._analysis import contractions, moves
 from wnjax._analysis.jaxprs import RULES
@@ -61,6 +62,11 @@ def _wait_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
     return wait_p.bind(*primals), tangents[0]
 
 
+def _wait_transpose(cotangent: Any, y: Any, x: Any) -> list[Any]:
+    is_linear = [ad.is_undefined_primal(operand) for operand in (y, x)]
+    return [cotangent if is_linear[0] else None, ad.Zero(x.aval) if is_linear[1] else None]
+
+
 def _waiting(y: jax.Array, x: jax.Array) -> jax.Array:
     """`y`, by a formula of which XLA cannot know that it does not depend on `x`."""
     rows = x.reshape(-1, x.shape[-1]) if x.ndim else x.reshape(1, 1)  # as a product has them
@@ -80,6 +86,7 @@ batching.primitive_batchers[wait_p] = lambda args, dims: (wait_p.bind(*args), di
 ad.primitive_jvps[in_order_p] = _in_order_jvp
 ad.primitive_transposes[in_order_p] = _in_order_transpose
 ad.primitive_jvps[wait_p] = _wait_jvp
+ad.primitive_transposes[wait_p] = _wait_transpose
 mlir.register_lowering(in_order_p, lambda ctx, x, scale: [x, scale])
 mlir.register_lowering(wait_p, _lower_wait)
 
@@ -104,9 +111,14 @@ def as_contraction(eqn: Any, weight: int) -> Any:
         or len(eqn.invars[weight].aval.shape) < 3
     ):
         return eqn
-    is_alone = eqn.params.get("out_sharding") is None
+    is_alone = not any(map(_has_explicit_axes, eqn.invars))
     is_simple = is_alone and not isinstance(eqn.params["precision"], tuple)
     return eqn.replace(primitive=_product_p(eqn.params["dimension_numbers"])) if is_simple else eqn
+
+
+def _has_explicit_axes(var: Any) -> bool:
+    """Whether the type of a value says how it is sharded: gradients then need such types, too."""
+    return AxisType.Explicit in (var.aval.sharding.mesh.axis_types or ())
 
 
 def _product_p(dimension_numbers: Any) -> Primitive:

@@ -217,6 +217,7 @@ class _Plan:
             self.uses[use.leaf].append(use)
         for note in analysis.records.notes:
             self.notes[note.leaf].append(note)
+        self.in_reach = {record.bias for record in analysis.records.biases if record.is_in_reach}
         self.shapes = analysis.records.shapes
         found = {leaf: self._obstacle(leaf) for leaf in range(len(gv_leaves))}
         self.reasons = {leaf: reason for leaf, reason in found.items() if reason is not None}
@@ -266,6 +267,7 @@ class _Plan:
             return None
         bias = self.paths.index(decision.bias)
         is_alone = len(self.notes[bias]) == 1 and not self.uses[bias]
+        is_alone = is_alone and bias in self.in_reach
         return bias if is_alone and self.gv_leaves[bias] is None else None
 
     def gv(self, leaf: int, path: str, given: Any) -> GVLeaf:
@@ -347,7 +349,7 @@ def _stds(std: float | Mapping[str, float], paths: Sequence[str]) -> list[float]
     """The standard deviation of every leaf."""
     given = std if isinstance(std, Mapping) else {}
     stds: list[float] = [
-        std if not isinstance(std, Mapping) else 1.0 if pattern is None else std[pattern]
+        float(std if not isinstance(std, Mapping) else 1 if pattern is None else std[pattern])
         for pattern in first_patterns(given, paths, "std")
     ]
     for path, one in zip(paths, stds, strict=True):

@@ -58,7 +58,7 @@ class Standardization:
             if use.leaf in stds:
                 self._edit(use, use.leaf, self._standardized(use), [_key("scale", use.leaf, use)])
         for record in analysis.records.biases:
-            if biases.get(record.weight) == record.bias and record.is_in_all_loops:
+            if biases.get(record.weight) == record.bias and record.is_in_reach:
                 self._edit(record, record.bias, self._centered(record), [])
 
     def found(self, inputs: Sequence[Any], scales: Mapping[int, jax.Array]) -> dict[int, Found]:

@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 
 from wnjax._analysis.functions import Analysis, Analyzer
-from wnjax._analysis.jaxprs import JaxprAnalyzer
 from wnjax._analysis.layout import Layout
 from wnjax._analysis.rules import is_narrow
 from wnjax._analysis.sizes import is_at_most
@@ -111,7 +110,7 @@ def wrap(fn: Callable[..., Any], *, axis_name: AxisName = None) -> Callable[...,
         warn_of_rounded_gains(paths, gv_leaves)
         mesh_axes = split_over(axis_name, paths, gv_leaves)
         analysis = analyze(params, *args, **kwargs)
-        leaves = _scaled_behind(analysis.records, gv_leaves)
+        leaves = _scaled_behind(analysis, gv_leaves)
         values = treedef.unflatten(
             _value(box, gv_leaves[i], i in leaves, mesh_axes[i])
             if i in gv_leaves
@@ -187,8 +186,9 @@ def scales_output(weight_size: Any, output_size: Any) -> bool:
     return is_at_most(output_size, weight_size)
 
 
-def _scaled_behind(records: JaxprAnalyzer, gv_leaves: Mapping[int, GVLeaf]) -> set[int]:
+def _scaled_behind(analysis: Analysis, gv_leaves: Mapping[int, GVLeaf]) -> set[int]:
     """The leaves whose scale goes on the outputs: all that happens to them must allow it."""
+    records = analysis.records
     uses: dict[int, list[Use]] = collections.defaultdict(list)
     for use in records.uses:
         uses[use.leaf].append(use)
@@ -200,6 +200,7 @@ def _scaled_behind(records: JaxprAnalyzer, gv_leaves: Mapping[int, GVLeaf]) -> s
         if all(use.is_scalable and use.fan_in.isdisjoint(gain_axes(gv)) for use in uses[leaf])
         if not any(use.is_narrow for use in uses[leaf])  # v·x may overflow where w·x does not
         if not is_narrow(gv.v.dtype)
+        if str(jax.typeof(gv.v)) == str(analysis.type_of(leaf))  # sharded as w is, say
         if scales_output(
             math.prod(gv.v.shape), sum(use.output_size * use.site.trips for use in uses[leaf])
         )
