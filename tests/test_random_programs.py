@@ -1,7 +1,7 @@
 """Properties of random programs: `wrap` is `fold`, and feature axes are what outputs depend on.
 
-WNJAX_PROGRAMS=5000 asks for that many programs of each property instead of the usual number, and
-for a smaller program where one fails, which takes minutes.
+WNJAX_PROGRAMS=5000 asks for that many programs of each property instead of the usual number, some
+with `shard_map`, and for a smaller program where one fails, which takes minutes.
 """
 
 import os
