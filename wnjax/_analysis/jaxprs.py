@@ -1,6 +1,6 @@
 """The analysis of a jaxpr: follows every leaf of the parameters to where it is summed over.
 
-One forward pass of abstract interpretation: `_rules` says what a primitive does to the views,
+One forward pass of abstract interpretation: `rules` says what a primitive does to the views,
 this module how they enter and leave nested jaxprs. It reads types and equations alone.
 """
 

@@ -1,7 +1,7 @@
 """What each primitive does to the views of its operands.
 
-The tables are in `moves`, `arithmetic` and `sums`. A primitive that is in none of them ends the
-views, and the analysis says so: nothing is guessed.
+The tables are in `moves`, `arithmetic` and `contractions`. A primitive that is in none of them ends
+the views, and the analysis says so: nothing is guessed.
 """
 
 from __future__ import annotations

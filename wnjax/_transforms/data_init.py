@@ -128,9 +128,8 @@ def data_init(
       A function of the arguments of `fn`. `params`, the first, is plain, and all weights that
       `infer_axes` finds are initialized; or it is a tree with (g, v) leaves, and the (g, v) leaves
       are. The minibatch has 100 examples or more. The function returns `params` with other gains
-      and
-      biases: the same structure, shapes and dtypes. With `report` it returns a pair: that, and a
-      tree with an `Initialized` for every leaf, which `summary` prints.
+      and biases: the same structure, shapes and dtypes. With `report` it returns a pair: that, and
+      a tree with an `Initialized` for every leaf, which `summary` prints.
 
     Raises:
       ValueError: when that is called: if there is nothing to initialize; if a pattern matches no
