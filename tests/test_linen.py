@@ -426,7 +426,7 @@ class Plain(nn.Module):
 
 
 class Carry(nn.Module):
-    """What makes of stacked layers a function of x alone."""
+    """Turns stacked layers into a function of x alone."""
 
     layers: nn.Module
 

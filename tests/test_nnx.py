@@ -644,7 +644,7 @@ def test_methods_compute_with_the_weights_and_change_the_module_as_plain_ones_do
         assert_close(m.norm.mean[...], plain.norm.mean[...])
     assert {"size", "raw", "seen"}.isdisjoint(vars(module))
     with pytest.raises(AttributeError, match="encoder"):
-        module.encoder  # noqa: B018
+        _ = module.encoder
 
 
 def test_the_module_inside_does_not_compute_without_the_gains():

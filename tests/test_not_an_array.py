@@ -25,7 +25,7 @@ AS_AN_ARRAY = {
     "-leaf": lambda leaf: -leaf,
     "abs(leaf)": abs,
     "leaf < 0": lambda leaf: leaf < 0,
-    "tuple + leaf": lambda leaf: (1,) + leaf,  # noqa: RUF005
+    "tuple + leaf": lambda leaf: (1,) + leaf,  # noqa: RUF005 - the sum is what is tested
     "sum": lambda leaf: sum([leaf, leaf]),
     "array @ leaf": lambda leaf: X @ leaf,
     "leaf @ array": lambda leaf: leaf @ X,

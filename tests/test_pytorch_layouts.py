@@ -117,7 +117,7 @@ def test_square_kernels_of_which_nothing_is_told_are_refused():
     template = {"blocks": {i: {"kernel": jnp.zeros((3, 4, 4))} for i in range(12)}}
     text = message(state | {"more": array(1)}, template)
     assert (
-        "kernels with as many inputs as outputs, or beside a bias of several axes, of which "
+        "kernels with as many inputs as outputs, or beside a bias of several axes, and "
         "nothing tells whether they are those of a convolution, of a transposed one, or of several "
         "heads:\n  blocks/0/kernel\n"
     ) in text

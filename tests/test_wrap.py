@@ -605,8 +605,11 @@ def test_static_arguments_of_any_kind():
 @pytest.mark.usefixtures("always_on_outputs")
 def test_digits_that_are_dropped_are_those_of_the_weight():
     tree = {"w": wnjax.WeightNorm(jnp.full((1, 4), 3.7), jnp.arange(1.0, 17.0).reshape(4, 4))}
-    fn = lambda p, x: x @ jax.lax.reduce_precision(p["w"], 8, 2)  # noqa: E731
     x = jnp.eye(4)
+
+    def fn(p, x):
+        return x @ jax.lax.reduce_precision(p["w"], 8, 2)
+
     np.testing.assert_array_equal(wnjax.wrap(fn)(tree, x), fn(wnjax.fold(tree), x))
 
 

@@ -53,8 +53,8 @@ class WeightNorm(nn.Module):
       use_scale: Flax's; False is refused.
       feature_axes: Flax's: the feature axes of all weights that `variable_filter` chooses; None for
         one norm of the whole weight. Traced unless given.
-      variable_filter: Flax's: strings, of which a weight's path must contain one; None for all. The
-        path begins with the module's name. Flax's own {"kernel"} where `feature_axes` is given.
+      variable_filter: Flax's: strings. The path of a weight must contain one of them; None for all.
+        The path begins with the module's name. Flax's own {"kernel"} where `feature_axes` is given.
       axes: which of its parameters are weights, in any form that `weight_norm` takes, with
         paths inside the module. It stands for `feature_axes` and `variable_filter`.
 

@@ -242,7 +242,7 @@ def _put(module: nnx.Module, new: Mapping[int, Any]) -> None:
 
 
 def _bring_back(pairs: list[tuple[Any, Any]]) -> None:
-    """Changes a module as a call has changed its copy, of both of which these are the parts.
+    """Changes the parts of a module as a call has changed the parts of its copy.
 
     A Param stays as it is.
     """

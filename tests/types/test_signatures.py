@@ -64,6 +64,7 @@ def test_a_leaf_is_known_behind_its_guard():
 if TYPE_CHECKING:
 
     def wrong_programs():
+        # Each line is wrong. A checker that no longer says so reports an ignore that is not needed.
         wnjax.wrap(fn)(PARAMS, 3)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
         wnjax.wrap(fn)(PARAMS)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
         wnjax.wrap(fn)(PARAMS, X, trian=True)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]

@@ -47,7 +47,7 @@ class WeightNorm(NamedTuple):
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of the weight."""
-        return _array(self.v).shape  # type: ignore[no-any-return]
+        return tuple(_array(self.v).shape)
 
     @property
     def dtype(self) -> Any:
@@ -57,7 +57,7 @@ class WeightNorm(NamedTuple):
     @property
     def ndim(self) -> int:
         """The number of axes of the weight."""
-        return _array(self.v).ndim  # type: ignore[no-any-return]
+        return len(self.shape)
 
 
 @not_an_array
@@ -85,7 +85,7 @@ class LogWeightNorm(NamedTuple):
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of the weight."""
-        return _array(self.v).shape  # type: ignore[no-any-return]
+        return tuple(_array(self.v).shape)
 
     @property
     def dtype(self) -> Any:
@@ -95,7 +95,7 @@ class LogWeightNorm(NamedTuple):
     @property
     def ndim(self) -> int:
         """The number of axes of the weight."""
-        return _array(self.v).ndim  # type: ignore[no-any-return]
+        return len(self.shape)
 
 
 GVLeaf = WeightNorm | LogWeightNorm

@@ -46,7 +46,7 @@ class View(NamedTuple):
         return WeightNorm(self.g, self.w * jnp.where(self.is_plain, 1, self.per_w))
 
     def weight(self, gv: WeightNorm) -> jax.Array:
-        """The weight of a (g, v) leaf that a step makes of this one."""
+        """The weight of the (g, v) leaf after a step from this one."""
         return jnp.where(self.is_plain, gv.v, weight(gv, self.fan_in.mesh_axes))
 
 

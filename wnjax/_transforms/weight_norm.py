@@ -105,8 +105,8 @@ def weight_norm(
           outputs. A kernel is refused where its bias fits no layer, as that of
           `ConvTranspose(transpose_kernel=True)` does, or fits several. Where a kernel of three or
           more axes has neither a bias nor a name that tells (`Conv_0`, `query`, `key`, `value`,
-          `out`), the last axis is a guess, of which a warning tells. Leaves in `batch_stats` and
-          the like beside `params` are no weights.
+          `out`), the last axis is a guess, and a warning names the kernel. Leaves in
+          `batch_stats` and the like beside `params` are no weights.
         * a dict from regular expressions, matched against the whole slash path, to feature
           axes, or to None for a leaf to be kept; the first match wins.
         * a callable `(path, leaf) -> feature axes or None`.

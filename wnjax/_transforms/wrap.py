@@ -68,15 +68,15 @@ def wrap(fn: Callable[..., Any], *, axis_name: AxisName = None) -> Callable[...,
     Source: Salimans & Kingma 2016, https://arxiv.org/abs/1602.07868, equation 2.
 
     Args:
-      fn: the forward function, or a loss: `fn(params, *args, **kwargs)`, of which `params` is any
-        pytree of plain weights. Pure, as for `jit`.
+      fn: the forward function, or a loss: `fn(params, *args, **kwargs)`. `params` is any pytree of
+        plain weights. `fn` is pure, as for `jit`.
       axis_name: over which mesh axes the fan-in axes are split, as for `weight_norm`. Sums over
         them, as in y = psum(x @ w), remain those of `fn`.
 
     Returns:
-      The function of the same arguments, but for (g, v) leaves in `params` wherever one likes. A
-      tree without (g, v) leaves goes to `fn` as it is, and a warning says so once: `fn` itself is
-      the function of folded parameters.
+      A function of the arguments of `fn`. Any leaf of `params` may be a (g, v) leaf. A tree without
+      (g, v) leaves goes to `fn` as it is, and a warning says so once: call `fn` itself on folded
+      parameters.
 
     Raises:
       ValueError: when called: if `fn` needs values of the data, or uses axis names that
@@ -176,8 +176,9 @@ def scales_output(weight_size: Any, output_size: Any) -> bool:
 
     With W and A the sizes of the weight and of the output, XLA's training step with Adam reads
     and writes, beyond the plain one's: 5 W with the scale on the weight; W + 4 A with it on the
-    output, or 3 W + 4 A where it copies v (see `in_order`), which it does on several devices. These
-    share A, so that A is smaller on each. A tie goes to the output, for less memory.
+    output, or 3 W + 4 A where it copies v (see `in_order`), which it does on several devices. The
+    devices share the output, so that each has a part of A. Where both cost the same, the scale goes
+    on the output, since that takes less memory.
 
     Args:
       weight_size: the number of elements of the weight.

@@ -132,8 +132,8 @@ TELL = (
     "layouts={pattern: 'conv' or 'conv_transpose'}"
 )
 UNTOLD = (
-    "kernels with as many inputs as outputs, or beside a bias of several axes, of which nothing "
-    "tells whether they are those of a convolution, of a transposed one, or of several heads"
+    "kernels with as many inputs as outputs, or beside a bias of several axes, and nothing tells "
+    "whether they are those of a convolution, of a transposed one, or of several heads"
 )
 
 
